@@ -1,0 +1,70 @@
+"""Every error that a user can meet.
+
+EspalierError
+├── RecipeError            422  the recipe, or the model that it names, can't be run
+├── AuthenticationError    401
+├── ScopeError             403
+├── NotFoundError          404  also for another tenant's id
+├── ConflictError          409  the job is not in a state that allows this
+├── CursorError            400  a page cursor that this list did not make
+├── RangeError             416  a byte range outside the file
+└── UnavailableError       503  a database or store that doesn't answer; try again
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class EspalierError(Exception):
+    """An error that is told to the user: what was wrong, a stable code, and a hint what to do."""
+
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(self, message: str, *, code: str, hint: str = "", pointer: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.hint = hint
+        self.pointer = pointer  # JSON pointer into the request body, e.g. "/method/mode"
+
+
+class RecipeError(EspalierError):
+    status = 422
+    title = "The recipe can't be run"
+
+
+class AuthenticationError(EspalierError):
+    status = 401
+    title = "No valid API key"
+
+
+class ScopeError(EspalierError):
+    status = 403
+    title = "The API key lacks a scope"
+
+
+class NotFoundError(EspalierError):
+    status = 404
+    title = "Not found"
+
+
+class ConflictError(EspalierError):
+    status = 409
+    title = "Not possible in this state"
+
+
+class CursorError(EspalierError):
+    status = 400
+    title = "Invalid cursor"
+
+
+class RangeError(EspalierError):
+    status = 416
+    title = "Range not satisfiable"
+
+
+class UnavailableError(EspalierError):
+    status = 503
+    title = "Temporarily unavailable"

@@ -28,6 +28,7 @@ class EspalierError(Exception):
         self.code = code
         self.hint = hint
         self.pointer = pointer  # JSON pointer into the request body, e.g. "/method/mode"
+        self.headers: dict[str, str] = {}  # of the HTTP response
 
 
 class RecipeError(EspalierError):

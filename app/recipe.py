@@ -13,8 +13,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
-# A hub id ("owner/name" or "name"); a path is accepted where the caller allows one.
-MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+BUNDLED_TEXTS = ("c4", "wiki")
+
+# A hub id ("owner/name" or "name") by the hub's own rules; a path is accepted where the caller allows one.
+MODEL_ID = re.compile(r"(?!.*(?:\.\.|--))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
 
 class Strict(BaseModel):
@@ -66,12 +68,12 @@ def _expand_sparsity(value: Any) -> Any:
 
 def _sparsity_kind(value: Any) -> str:
     is_pattern = isinstance(value, Pattern) or (isinstance(value, dict) and not value.keys().isdisjoint({"n", "m"}))
-    return "pattern" if is_pattern else "fraction"
+    return "Pattern" if is_pattern else "Fraction"
 
 
 SparsityShort = float | Annotated[str, Field(pattern=r"^\d{1,2}:\d{1,2}$")]
 Sparsity = Annotated[
-    Annotated[Fraction, Tag("fraction")] | Annotated[Pattern, Tag("pattern")],
+    Annotated[Fraction, Tag("Fraction")] | Annotated[Pattern, Tag("Pattern")],
     Discriminator(_sparsity_kind),
     BeforeValidator(_expand_sparsity, json_schema_input_type=SparsityShort | Fraction | Pattern),
 ]
@@ -234,10 +236,10 @@ class Recipe(Strict):
     )
     method: Method = Field(description="A method's name, or an object with its own parameters.", examples=["cfsp", {"name": "wanda", "variant": True}])
     sparsity: Sparsity = Field(description="How much to remove: a fraction, an N:M pattern, or an object that names its denominator.", examples=[0.3, "2:4"])
-    calibration: Calibration = Calibration()
-    evaluation: Evaluation | None = Field(Evaluation(), description="`null` skips the evaluation.")
-    output: Output = Output()
-    limits: Limits = Limits()
+    calibration: Calibration = Field(Calibration(), description="The text that the method measures activations on.")
+    evaluation: Evaluation | None = Field(Evaluation(), description="What is measured before and after; `null` skips it.")
+    output: Output = Field(Output(), description="How the checkpoint is written.")
+    limits: Limits = Field(Limits(), description="Bounds on the job.")
 
     @model_validator(mode="after")
     def _method_can_do_it(self) -> Recipe:

@@ -22,6 +22,7 @@ class Parameters(Part):
     ffn: int = Field(description="Of these, the weights of the MLPs.")
     ffn_channels: int = Field(description="FFN channels, summed over blocks.")
     decoder_zeros: int = Field(description="Of the decoder's linear weights, those that are exactly zero.")
+    ffn_zeros: int = Field(description="Of the MLPs' weights, those that are exactly zero.")
 
 
 class TextUsed(Part):
@@ -35,80 +36,82 @@ class TextUsed(Part):
 
 
 class Perplexity(Part):
+    """How well a model predicts a text; lower is better."""
+
     value: float = Field(description="exp of the mean negative log-likelihood a token (the first of a window has none).")
-    text: TextUsed
-    windows: int
-    sequence_length: int
+    text: TextUsed = Field(description="What it was measured on.")
+    windows: int = Field(description="Windows read.")
+    sequence_length: int = Field(description="Tokens a window.")
     dtype: str = Field(description="Type in which it was computed.")
 
 
 class Speed(Part):
     """Of plain transformers on the worker's device, a median over repetitions."""
 
-    device: str
-    threads: int
-    prefill_tokens: int
-    prefill_tokens_per_second: float
-    decode_tokens: int
-    decode_tokens_per_second: float
+    device: str = Field(description="What it ran on.")
+    threads: int = Field(description="CPU threads.")
+    prefill_tokens: int = Field(description="Tokens of the prompt.")
+    prefill_tokens_per_second: float = Field(description="Prompt tokens a second.")
+    decode_tokens: int = Field(description="Tokens generated, one by one.")
+    decode_tokens_per_second: float = Field(description="Generated tokens a second.")
 
 
 class Measured(Part):
     """One model, dense or pruned."""
 
-    parameters: Parameters
+    parameters: Parameters = Field(description="What it stores.")
     checkpoint_bytes: int = Field(description="Bytes of the weight files.")
     macs_per_token: int = Field(
         description="Multiply-accumulates a token in the linear layers and the head, at an empty context; zeros count, since they are multiplied."
     )
-    perplexity: Perplexity | None
-    speed: Speed | None
+    perplexity: Perplexity | None = Field(description="How well it predicts text.")
+    speed: Speed | None = Field(description="How fast it is; null where the recipe does not ask for it.")
     peak_memory_bytes: int | None = Field(description="Highest anonymous resident memory while this model was evaluated.")
 
 
 class LayerReport(Part):
     """One decoder block after pruning."""
 
-    index: int
-    ffn_channels: int
-    ffn_channels_before: int
+    index: int = Field(description="Its place, from 0.")
+    ffn_channels: int = Field(description="FFN channels kept.")
+    ffn_channels_before: int = Field(description="FFN channels of the dense model.")
     weights: int = Field(description="Stored weights of its linear layers.")
-    zeros: int
+    zeros: int = Field(description="Of these, exact zeros.")
     importance: float | None = Field(description="Coarse importance, for methods that measure it.")
 
 
 class Sparsities(Part):
     """Fraction removed (structured) or zeroed (unstructured), by every denominator."""
 
-    ffn: float
-    decoder: float
-    non_embedding: float
-    all: float
+    ffn: float = Field(description="Of the MLPs' weights.")
+    decoder: float = Field(description="Of the decoder's linear weights.")
+    non_embedding: float = Field(description="Of all parameters but embedding and head.")
+    all: float = Field(description="Of all parameters.")
 
 
 class LoadCheck(Part):
     """One way to load the result that was tried in a fresh process."""
 
-    layout: Literal["uniform", "per_layer", "padded"]
+    layout: Literal["uniform", "per_layer", "padded"] = Field(description="Which of the written layouts.")
     loader: str = Field(description="What loaded it, e.g. 'transformers 5.23.0' or 'transformers 5.23.0 + espalier.loader'.")
     max_logit_difference: float = Field(description="Largest absolute difference from the worker's own logits on the same tokens.")
-    checked: Literal["logits"]
+    checked: Literal["logits"] = Field(description="What was compared.")
 
 
 class Report(Part):
     """The result of a job."""
 
-    recipe: Recipe
-    model_type: str
-    model_fingerprint: str = Field(description="sha256 over the source's config and weight files' headers and sizes.")
+    recipe: Recipe = Field(description="What was run.")
+    model_type: str = Field(description="`model_type` of the source.")
+    model_fingerprint: str = Field(description="sha256 over the source's config.json and weight files.")
     before: Measured | None = Field(description="The dense model; null where the recipe skips evaluation.")
-    after: Measured | None
-    parameters_before: Parameters
-    parameters_after: Parameters
-    sparsity: Sparsities
-    layers: list[LayerReport]
-    calibration: TextUsed | None
-    loads_with: list[LoadCheck]
+    after: Measured | None = Field(description="The pruned model; null likewise.")
+    parameters_before: Parameters = Field(description="What the dense model stores.")
+    parameters_after: Parameters = Field(description="What the pruned model stores.")
+    sparsity: Sparsities = Field(description="What was removed.")
+    layers: list[LayerReport] = Field(description="Block by block.")
+    calibration: TextUsed | None = Field(description="What the method measured activations on; null where it needs no text.")
+    loads_with: list[LoadCheck] = Field(description="What the result was loaded with.")
     seconds: dict[str, float] = Field(description="Seconds a phase.")
     resumed_at_block: int | None = Field(description="Where this run went on from an earlier attempt's verified blocks.")
     peak_memory_bytes: int = Field(description="Highest anonymous resident memory of the engine process.")

@@ -5,13 +5,17 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+DEVELOPMENT_SECRETS = frozenset({"admin", "changeme", "espalier", "minioadmin", "password", "postgres", "redis", "secret", "test"})
+
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="ESPALIER_", env_file=".env", extra="ignore")
+    # Inputs stay out of error messages: they hold passwords.
+    model_config = SettingsConfigDict(env_prefix="ESPALIER_", env_file=".env", extra="ignore", hide_input_in_errors=True)
 
     environment: Literal["development", "production"] = "development"
     home: Path = Path("var")  # where the embedded default keeps database, objects, messages and work
@@ -22,6 +26,7 @@ class Settings(BaseSettings):
     store_url: str = ""  # s3://bucket/prefix
 
     s3_endpoint: str = ""  # empty: AWS
+    s3_public_endpoint: str = ""  # where clients reach the bucket, if elsewhere
     s3_region: str = "us-east-1"
     s3_access_key: SecretStr = SecretStr("")
     s3_secret_key: SecretStr = SecretStr("")
@@ -60,12 +65,19 @@ class Settings(BaseSettings):
     def _production_needs_servers_and_secrets(self) -> Self:
         if self.environment == "development":
             return self
-        if self.database_url.get_secret_value().startswith("sqlite"):
+        database, broker = urlsplit(self.database_url.get_secret_value()), urlsplit(self.broker_url.get_secret_value())
+        if not database.scheme.startswith("postgresql"):
             raise ValueError("production needs ESPALIER_DATABASE_URL=postgresql://…")
-        for name in ("database_url", "broker_url", "s3_access_key", "s3_secret_key"):
-            secret = getattr(self, name).get_secret_value()
-            if "change-me" in secret or "development" in secret:
-                raise ValueError(f"ESPALIER_{name.upper()} still holds the development secret; set one of your own")
+        if broker.scheme not in ("redis", "rediss"):
+            raise ValueError("production needs ESPALIER_BROKER_URL=redis://…")
+        secrets = {"database_url": database.password, "broker_url": broker.password}
+        if self.s3_endpoint:  # AWS itself also gives access by role, without keys
+            secrets |= {"s3_access_key": self.s3_access_key.get_secret_value(), "s3_secret_key": self.s3_secret_key.get_secret_value()}
+        for name, secret in secrets.items():
+            if not secret:
+                raise ValueError(f"production needs a password in ESPALIER_{name.upper()}")
+            if secret.lower() in DEVELOPMENT_SECRETS or "change-me" in secret.lower() or "development" in secret.lower():
+                raise ValueError(f"ESPALIER_{name.upper()} still holds a development secret; set one of your own")
         return self
 
     @property

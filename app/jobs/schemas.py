@@ -1,0 +1,135 @@
+"""What the job endpoints take and give."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app import models
+from app.models import FINISHED
+from app.recipe import MethodName, Recipe
+
+State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+
+
+class Out(BaseModel):
+    model_config = ConfigDict(from_attributes=True, frozen=True)
+
+
+class Submission(Recipe):
+    """A recipe with its model named."""
+
+    model: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="A hub id, or the path of a local checkpoint below a root that the operator allows.",
+        examples=["HuggingFaceTB/SmolLM2-135M"],
+    )
+
+
+class Progress(Out):
+    """How far a job is."""
+
+    fraction: float = Field(0, description="Of the whole job, 0 to 1.", examples=[0.42])
+    blocks_done: int | None = Field(None, description="Decoder blocks pruned so far.", examples=[12])
+    blocks_total: int | None = Field(None, description="Decoder blocks of the model.", examples=[30])
+    eta_seconds: float | None = Field(None, description="Seconds to go, as far as can be told.", examples=[40])
+
+
+class JobError(Out):
+    """Why a job failed."""
+
+    code: str = Field(description="A stable name for programs.", examples=["calibration_text_too_short"])
+    message: str = Field(description="What was wrong.", examples=["The text has 100 tokens; one sequence takes 512."])
+    hint: str = Field("", description="What to do about it.", examples=["Give a longer text, or a smaller calibration.sequence_length."])
+
+
+class Links(Out):
+    """Where the parts of a job are; null where there is nothing."""
+
+    self: str = Field(description="The job.", examples=["/v1/jobs/job_0193d5f0"])
+    events: str = Field(description="What happened to it.", examples=["/v1/jobs/job_0193d5f0/events"])
+    cancel: str | None = Field(description="POST here to cancel it; null once it has finished.", examples=["/v1/jobs/job_0193d5f0/cancel"])
+    report: str | None = Field(description="Everything measured, once it has succeeded.", examples=["/v1/jobs/job_0193d5f0/report"])
+    artifacts: str | None = Field(description="The manifest of its files, once it has succeeded.", examples=["/v1/jobs/job_0193d5f0/artifacts"])
+    checkpoint: str | None = Field(description="The pruned model as a tar, once it has succeeded.", examples=["/v1/jobs/job_0193d5f0/checkpoint"])
+
+
+class Job(Out):
+    """A pruning job."""
+
+    id: str = Field(description="Its id.", examples=["job_0193d5f0c1d57a3c8d4e0a1b2c3d4e5f"])
+    state: State = Field(description="`queued` → `running` → `succeeded`, `failed` or `cancelled`; `cancelling` until a running engine has ended.")
+    phase: str | None = Field(description="What a running job does now, e.g. `load`, `calibrate`, `prune`, `write`, `evaluate`.", examples=["prune"])
+    progress: Progress = Field(description="How far it is.")
+    attempt: int = Field(description="How often it was started; 0 while it waits for the first time.", examples=[1])
+    max_attempts: int = Field(description="How often it may be started when its worker dies.", examples=[3])
+    model: str = Field(description="The model to prune, as submitted.", examples=["HuggingFaceTB/SmolLM2-135M"])
+    method: MethodName = Field(description="The pruning method.", examples=["cfsp"])
+    recipe: Recipe = Field(description="The whole recipe, with every default filled in.")
+    error: JobError | None = Field(description="Why it failed; null otherwise.")
+    links: Links = Field(description="Where its parts are.")
+    created_at: datetime = Field(description="When it was submitted (UTC).", examples=["2026-11-22T01:02:03.456Z"])
+    started_at: datetime | None = Field(description="When its latest attempt started (UTC).", examples=["2026-11-22T01:02:04.123Z"])
+    updated_at: datetime = Field(description="When anything of it last changed (UTC).", examples=["2026-11-22T01:03:03.456Z"])
+    finished_at: datetime | None = Field(description="When it ended (UTC).", examples=[None])
+
+    @classmethod
+    def of(cls, job: models.Job) -> Self:
+        path = f"/v1/jobs/{job.id}"
+        succeeded = job.state == "succeeded"
+        links = Links(
+            self=path,
+            events=f"{path}/events",
+            cancel=None if job.state in FINISHED else f"{path}/cancel",
+            report=f"{path}/report" if succeeded else None,
+            artifacts=f"{path}/artifacts" if succeeded else None,
+            checkpoint=f"{path}/checkpoint" if succeeded else None,
+        )
+        fields = {name: getattr(job, name) for name in cls.model_fields if name != "links"}
+        return cls.model_validate({**fields, "links": links})
+
+
+class JobPage(Out):
+    """Jobs, newest first."""
+
+    items: list[Job] = Field(description="The jobs of this page.")
+    next: str | None = Field(description="Give it as `cursor`, with the same filters, for the next page; null on the last one.")
+
+
+class Event(Out):
+    """Something that happened to a job."""
+
+    sequence: int = Field(description="1, 2, … within the job, without gaps.", examples=[3])
+    kind: str = Field(
+        description="`queued`, `claimed`, `phase`, `progress`, `log`, `cancel_requested`, `cancelled`, `requeued`, `succeeded`, `failed` or `lease_expired`.",
+        examples=["phase"],
+    )
+    message: str = Field(description="For people.", examples=["Pruning."])
+    data: dict[str, Any] = Field(description="For programs; its fields depend on the kind.", examples=[{"phase": "prune"}])
+    created_at: datetime = Field(description="When it happened (UTC).", examples=["2026-11-22T01:02:04.123Z"])
+
+
+class EventPage(Out):
+    """Events in their order."""
+
+    items: list[Event] = Field(description="The events of this page.")
+    next: int = Field(description="Give it as `after` for what comes next.", examples=[3])
+    finished: bool = Field(description="Whether the job has finished and this page ends with its last event.")
+
+
+class ArtifactFile(Out):
+    """A file of a finished job."""
+
+    path: str = Field(description="Get it at `/v1/jobs/{id}/artifacts/{path}`.", examples=["checkpoint/model.safetensors"])
+    role: str = Field(description="`checkpoint` (the pruned model), `padded` (its copy with padded layers) or `report`.", examples=["checkpoint"])
+    bytes: int = Field(description="Its size.", examples=[269060552])
+    sha256: str = Field(description="Of its bytes, in hex; also its ETag.", examples=["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"])
+
+
+class Manifest(Out):
+    """All files of a finished job."""
+
+    items: list[ArtifactFile] = Field(description="The files, by path.")

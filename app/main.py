@@ -1,0 +1,74 @@
+"""The HTTP service: `uvicorn --factory app.main:create_app`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+
+from app import health, logging, methods, problems
+from app.database import Database
+from app.dispatcher import Dispatcher
+from app.jobs import endpoints as jobs
+from app.middleware import MAX_BODY_BYTES, RequestContext
+from app.settings import Settings, get_settings
+from app.storage import open_store
+
+DESCRIPTION = """A pruning job goes in; a smaller language model that loads with plain transformers comes out, with measured proof of what it lost and gained.
+
+Errors are `application/problem+json` (RFC 9457) with a stable `code`. Times are UTC (RFC 3339)."""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    settings = settings or get_settings()
+    logging.configure()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.settings = settings
+        app.state.database = database = Database(settings.database_url.get_secret_value())
+        app.state.store = open_store(settings)
+        dispatcher = Dispatcher(database, settings)
+        dispatcher.start()
+        try:
+            yield
+        finally:
+            dispatcher.stop()
+            database.dispose()
+
+    app = FastAPI(
+        title="Espalier",
+        version=version("espalier"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        separate_input_output_schemas=False,
+        generate_unique_id_function=lambda route: route.name,
+        redoc_url=None,
+    )
+    problems.install(app)
+    for router in (jobs.router, methods.router, health.router):
+        app.include_router(router)
+    if settings.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY_BYTES)
+    app.add_middleware(RequestContext)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's description of the service, with errors under their own media type."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    schema = FastAPI.openapi(app)
+    for path in schema["paths"].values():
+        for operation in path.values():
+            for status, response in operation["responses"].items():
+                if status >= "400" and "content" in response:
+                    response["content"] = {problems.MEDIA_TYPE: response["content"].pop("application/json")}
+    return schema

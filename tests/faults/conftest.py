@@ -1,0 +1,138 @@
+"""A service of real processes: the API's dispatcher in this process, Celery workers as subprocesses, SQLite and files or Postgres and Valkey."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from app.database import Database
+from app.dispatcher import Dispatcher
+from app.settings import Settings
+from tests import jobs
+
+SERVICES = ["sqlite and files", "postgres and valkey"]
+
+
+class Service:
+    """Starts workers, knows their processes, and ends what is left of them."""
+
+    def __init__(self, settings: Settings, environment: dict[str, str], database: Database, models: Path) -> None:
+        self.settings = settings
+        self.database = database
+        self.models = models
+        self._environment = environment
+        self._workers: list[subprocess.Popen[bytes]] = []
+
+    def model(self, **behaviour: Any) -> str:
+        """A model on which the stand-in engine behaves so."""
+        name = f"model-{len(list(self.models.iterdir()))}"
+        (self.models / name).mkdir()
+        (self.models / name / "behaviour.json").write_text(json.dumps(behaviour))
+        return name
+
+    def submit(self, **recipe: Any) -> str:
+        return jobs.submit(self.database, **recipe)
+
+    def start_worker(self, app: str = "tests.faults.worker") -> subprocess.Popen[bytes]:
+        with (self.settings.home / "worker.log").open("ab") as log:
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "celery", "-A", app, "worker", "-Q", "prune", "-c", "1", "-l", "INFO", "--without-mingle", "--without-gossip"],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._workers.append(worker)
+        return worker
+
+    def engines(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """The engines, real or stand-in, that run below a worker."""
+        return [process for process in family(worker) if any(part in ("tests.faults.engine", "worker.pipeline") for part in command(process))]
+
+    def kill_tree(self, worker: subprocess.Popen[bytes]) -> None:
+        """The whole of it at once, as when the machine is lost."""
+        processes = family(worker)
+        for process in processes:
+            process.suspend()  # none may notice the end of another
+        for process in [*processes, *family(worker)]:
+            if process.is_running():
+                process.kill()
+        worker.wait()
+
+    def work_directories(self) -> list[str]:
+        return sorted(path.name for path in self.settings.work_dir.glob("*"))
+
+    def stored(self) -> set[str]:
+        """The attempts (job/token) under which the local store holds files."""
+        objects = self.settings.home / "objects"
+        return {"/".join(path.relative_to(objects).parts[2:4]) for path in objects.rglob("*") if path.is_file()}
+
+    def close(self) -> None:
+        for worker in self._workers:
+            if worker.poll() is None:
+                self.kill_tree(worker)
+
+
+def family(worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    process = psutil.Process(worker.pid)
+    return [process, *process.children(recursive=True)]
+
+
+def command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def stop(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGSTOP)
+
+
+@pytest.fixture(params=SERVICES)
+def servers(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The URLs of the database and the broker, as settings in the environment."""
+    if request.param == SERVICES[0]:
+        return {}
+    database, broker = request.getfixturevalue("postgres_database"), request.getfixturevalue("redis_database")
+    return {"ESPALIER_DATABASE_URL": database, "ESPALIER_BROKER_URL": broker}
+
+
+@pytest.fixture
+def lease() -> dict[str, str]:
+    """Short leases; a test that needs the defaults overrides this fixture by a parameter."""
+    return {"ESPALIER_LEASE_SECONDS": "4", "ESPALIER_BEAT_SECONDS": "0.5", "ESPALIER_SWEEP_SECONDS": "0.2", "ESPALIER_REPUBLISH_SECONDS": "3"}
+
+
+@pytest.fixture
+def service(tmp_path: Path, servers: dict[str, str], lease: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    models, home = tmp_path / "models", tmp_path / "home"
+    models.mkdir()
+    home.mkdir()
+    chosen = {"ESPALIER_HOME": str(home), "ESPALIER_MODEL_ROOTS": json.dumps([str(models)]), "ESPALIER_HUB": "false", "ESPALIER_CANCEL_GRACE_SECONDS": "2"}
+    chosen |= servers | lease | {"OMP_NUM_THREADS": "1"}
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    database = jobs.open_database(settings.database_url.get_secret_value())
+    dispatcher = Dispatcher(database, settings)
+    dispatcher.start()
+    running = Service(settings, dict(os.environ), database, models)
+    try:
+        yield running
+    finally:
+        running.close()
+        dispatcher.stop()
+        database.dispose()
+        log = home / "worker.log"
+        if log.exists():
+            sys.stdout.write(log.read_text(errors="replace")[-8000:])

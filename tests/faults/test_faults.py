@@ -1,0 +1,243 @@
+"""What the service promises when its processes die: no accepted job is lost, none has two results, each one ends."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+from app import queue
+from app.models import Job
+from tests import jobs
+from tests.faults.conftest import SERVICES, Service, family, stop
+from tests.models import make_checkpoint
+
+both_services = pytest.mark.parametrize("servers", SERVICES, indirect=True)
+embedded = pytest.mark.parametrize("servers", SERVICES[:1], indirect=True)
+
+
+def wait_for_progress(service: Service, job_id: str, fraction: float) -> None:
+    jobs.wait_until(lambda: jobs.get(service.database, job_id).progress.get("fraction", 0) >= fraction, 60, f"{fraction:.0%} of the work")
+
+
+def check_single_result(service: Service, job: Job) -> None:
+    """The job's files are those of its last attempt, and nothing else is left."""
+    assert job.artifact_prefix == f"{jobs.TENANT}/jobs/{job.id}/a{job.lease_token}/"
+    jobs.wait_until(lambda: service.stored() == {f"{job.id}/a{job.lease_token}"} and not service.work_directories(), 10, "the clean-up")
+    assert jobs.events(service.database, job.id).count("succeeded") == 1
+
+
+@both_services
+def test_the_whole_worker_is_killed_and_another_goes_on(service: Service) -> None:
+    job_id = service.submit(model=service.model(steps=20, pause=0.3))
+    worker = service.start_worker()
+    wait_for_progress(service, job_id, 0.3)
+    service.kill_tree(worker)
+    service.start_worker()
+    job = jobs.wait_for_state(service.database, job_id, "succeeded", seconds=40)
+    assert job.attempt == 2
+    assert "lease_expired" in jobs.events(service.database, job_id)
+    began = [message for message in jobs.messages(service.database, job_id) if message.startswith("begins at step")]
+    assert began[0] == "begins at step 0"
+    assert int(began[1].removeprefix("begins at step ")) >= 6  # it goes on where the first one was
+    check_single_result(service, job)
+
+
+@embedded
+@pytest.mark.parametrize("lease", [{}], ids=["default lease"])
+def test_the_whole_worker_is_killed_in_the_middle_of_pruning(service: Service) -> None:
+    make_checkpoint(service.models / "llama", "llama", layers=24, hidden=128, ffn=512)
+    job_id = service.submit(model="llama")
+    worker = service.start_worker("worker.celery")
+    jobs.wait_until(lambda: jobs.get(service.database, job_id).progress.get("blocks_done", 0) >= 1, 60, "a pruned block")
+    killed = time.monotonic()
+    service.kill_tree(worker)
+    job = jobs.get(service.database, job_id)
+    assert (job.state, job.phase) == ("running", "prune")
+    service.start_worker("worker.celery")
+    job = jobs.wait_for_state(service.database, job_id, "running", "succeeded", seconds=60)
+    jobs.wait_until(lambda: jobs.get(service.database, job_id).attempt == 2, 60, "the second attempt")
+    assert time.monotonic() - killed < 60
+    job = jobs.wait_for_state(service.database, job_id, "succeeded", seconds=60)
+    assert job.attempt == 2
+    assert job.report is not None
+    assert job.report["resumed_at_block"] >= 1
+    check_single_result(service, job)
+
+
+@both_services
+def test_the_engine_alone_is_killed_and_the_worker_starts_it_again(service: Service) -> None:
+    job_id = service.submit(model=service.model(steps=20, pause=0.2))
+    worker = service.start_worker()
+    wait_for_progress(service, job_id, 0.3)
+    [engine] = service.engines(worker)
+    engine.kill()
+    job = jobs.wait_for_state(service.database, job_id, "succeeded")
+    assert job.attempt == 2
+    assert "lease_expired" not in jobs.events(service.database, job_id)  # nobody had to wait for the lease to run out
+    check_single_result(service, job)
+
+
+@both_services
+def test_three_copies_of_each_message_make_one_attempt(service: Service) -> None:
+    ids = [service.submit(model=service.model(steps=3, pause=0.1)) for _ in range(3)]
+    for _ in range(3):
+        for job_id in ids:
+            queue.publish(service.settings, job_id)
+    service.start_worker()
+    service.start_worker()
+    for job_id in ids:
+        job = jobs.wait_for_state(service.database, job_id, "succeeded")
+        assert job.attempt == 1
+    jobs.wait_until(lambda: queue.depth(service.settings) == 0, 20, "the end of the messages")
+    time.sleep(1)
+    assert service.stored() == {f"{job_id}/a1" for job_id in ids}
+    for job_id in ids:
+        assert jobs.get(service.database, job_id).attempt == 1
+        assert jobs.events(service.database, job_id).count("claimed") == 1
+
+
+@embedded
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_a_job_that_always_kills_its_engine_ends(service: Service, attempts: int) -> None:
+    job_id = service.submit(model=service.model(kill=signal.SIGKILL), limits={"max_attempts": attempts})
+    service.start_worker()
+    job = jobs.wait_for_state(service.database, job_id, "failed")
+    assert job.attempt == attempts
+    assert job.error is not None
+    assert job.error["code"] == "worker_lost"
+    told = jobs.events(service.database, job_id)
+    assert (told.count("claimed"), told.count("requeued"), told[-1]) == (attempts, attempts - 1, "failed")
+    jobs.wait_until(lambda: not service.work_directories(), 10, "the clean-up")
+
+
+@embedded
+def test_a_job_whose_worker_always_dies_ends(service: Service) -> None:
+    job_id = service.submit(model=service.model(steps=100, pause=0.2), limits={"max_attempts": 2})
+    for attempt in (1, 2):
+        worker = service.start_worker()
+        jobs.wait_until(lambda attempt=attempt: jobs.get(service.database, job_id).attempt == attempt, 30, f"attempt {attempt}")  # type: ignore[misc]
+        service.kill_tree(worker)
+    job = jobs.wait_for_state(service.database, job_id, "failed", seconds=20)
+    assert job.attempt == 2
+    assert job.error is not None
+    assert job.error["code"] == "worker_lost"
+    service.start_worker()  # which finds the directory that no worker was left to remove
+    jobs.wait_until(lambda: not service.work_directories(), 20, "the clean-up")
+
+
+@both_services
+def test_cancel_of_a_running_job_ends_its_engine(service: Service) -> None:
+    job_id = service.submit(model=service.model(steps=1000, pause=0.1, deaf=True))
+    worker = service.start_worker()
+    wait_for_progress(service, job_id, 0.005)
+    [engine] = service.engines(worker)
+    assert jobs.cancel(service.database, job_id) == "cancelling"
+    assert jobs.wait_until(lambda: not engine.is_running(), 15, "the engine's end") < 10
+    jobs.wait_for_state(service.database, job_id, "cancelled", seconds=10)
+    jobs.wait_until(lambda: not service.work_directories(), 10, "the clean-up")
+    assert service.stored() == set()
+
+
+@embedded
+def test_cancel_of_a_queued_job_is_at_once_and_final(service: Service) -> None:
+    job_id = service.submit(model=service.model())
+    assert jobs.cancel(service.database, job_id) == "cancelled"
+    other = service.submit(model=service.model())
+    service.start_worker()
+    jobs.wait_for_state(service.database, other, "succeeded")
+    assert jobs.get(service.database, job_id).state == "cancelled"
+    assert jobs.get(service.database, job_id).attempt == 0
+    assert jobs.cancel(service.database, other) is None  # it has finished
+
+
+@embedded
+def test_cancel_of_a_job_whose_worker_is_gone(service: Service) -> None:
+    job_id = service.submit(model=service.model(steps=1000, pause=0.1))
+    worker = service.start_worker()
+    wait_for_progress(service, job_id, 0.001)
+    service.kill_tree(worker)
+    assert jobs.cancel(service.database, job_id) == "cancelling"
+    jobs.wait_for_state(service.database, job_id, "cancelled", seconds=10)
+
+
+@both_services
+def test_a_worker_that_slept_past_its_lease_writes_nothing_more(service: Service) -> None:
+    job_id = service.submit(model=service.model(steps=12, pause=0.5))
+    sleeper = service.start_worker()
+    wait_for_progress(service, job_id, 0.2)
+    asleep = family(sleeper)
+    for process in asleep:
+        stop(process)
+    service.start_worker()
+    jobs.wait_until(lambda: jobs.get(service.database, job_id).attempt == 2, 20, "the second attempt")
+    assert len(service.work_directories()) == 2  # the sleeper still has the first one
+    wait_for_progress(service, job_id, 0.1)
+    for process in reversed(asleep):
+        process.resume()
+    job = jobs.wait_for_state(service.database, job_id, "succeeded")
+    assert (job.attempt, job.lease_token) == (2, 2)
+    told = jobs.events(service.database, job_id)
+    assert (told.count("claimed"), told.count("succeeded"), told[-1]) == (2, 1, "succeeded")
+    jobs.wait_until(lambda: not service.engines(sleeper), 15, "the end of the sleeper's engine")
+    assert service.stored() == {f"{job_id}/a2"}
+    assert jobs.get(service.database, job_id).version == job.version
+    # The sleeper is a whole worker again: the next jobs are done by both, and the first directory goes too.
+    for other in [service.submit(model=service.model()) for _ in range(2)]:
+        jobs.wait_for_state(service.database, other, "succeeded")
+    jobs.wait_until(lambda: not service.work_directories(), 10, "the clean-up")
+
+
+@both_services
+def test_sigterm_hands_the_job_over_without_counting_the_attempt(service: Service) -> None:
+    job_id = service.submit(model=service.model(steps=20, pause=0.3), limits={"max_attempts": 1})
+    worker = service.start_worker()
+    wait_for_progress(service, job_id, 0.2)
+    worker.terminate()
+    assert worker.wait(20) == 0
+    job = jobs.get(service.database, job_id)
+    assert (job.state, job.attempt) == ("queued", 0)
+    service.start_worker()
+    job = jobs.wait_for_state(service.database, job_id, "succeeded")
+    assert job.attempt == 1
+    check_single_result(service, job)
+
+
+@embedded
+@pytest.mark.parametrize(
+    ("behaviour", "recipe", "code"),
+    [
+        ({"error": {"code": "calibration_text_too_short", "message": "short", "hint": "longer"}}, {}, "calibration_text_too_short"),
+        ({"exit": 3}, {"limits": {"max_attempts": 2}}, "engine_failed"),
+        ({"pause": 60}, {"limits": {"max_runtime": 2}}, "max_runtime_exceeded"),
+        ({}, {"model": "../model-0"}, "model_outside_roots"),
+        ({}, {"model": "no/such-model"}, "model_not_found"),
+        ({}, {"calibration": {"source": "/etc/hostname"}}, "text_outside_roots"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_can_not_be_done_fails_with_its_reason(service: Service, behaviour: dict[str, object], recipe: dict[str, object], code: str) -> None:
+    job_id = service.submit(**{"model": service.model(**behaviour)} | recipe)
+    service.start_worker()
+    job = jobs.wait_for_state(service.database, job_id, "failed")
+    assert job.error is not None
+    assert job.error["code"] == code
+    assert job.error["message"]
+    assert job.error["hint"]
+    assert job.attempt == (2 if code == "engine_failed" else 1)
+    if code == "engine_failed":
+        assert any("the last words" in message for message in jobs.messages(service.database, job_id))
+    jobs.wait_until(lambda: not service.work_directories(), 10, "the clean-up")
+    assert service.stored() == set()
+
+
+@embedded
+@pytest.mark.parametrize("lease", [{"ESPALIER_ENGINE_MEMORY_BYTES": "200000000"}], ids=["memory limit"])
+def test_an_engine_that_takes_too_much_memory_fails(service: Service) -> None:
+    job_id = service.submit(model=service.model(allocate=400_000_000))
+    service.start_worker()
+    job = jobs.wait_for_state(service.database, job_id, "failed")
+    assert job.error is not None
+    assert job.error["code"] == "out_of_memory"
+    assert job.attempt == 1

@@ -1,0 +1,76 @@
+"""Jobs in a database, for tests of what happens to them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import func, select
+
+import migrations
+from app.database import Database
+from app.jobs.repository import insert_job, request_cancel
+from app.models import Job, JobEvent, OutboxMessage, Tenant
+from app.recipe import Recipe
+
+TENANT = "tenant_1"
+
+
+def open_database(url: str) -> Database:
+    """A migrated database with one tenant."""
+    migrations.migrate(url)
+    database = Database(url)
+    with database.writing() as session:
+        session.add(Tenant(id=TENANT, name="one"))
+    return database
+
+
+def submit(database: Database, *, model: str = "tiny", **recipe: Any) -> str:
+    body = {"model": model, "method": "magnitude", "sparsity": 0.5, "evaluation": None} | recipe
+    with database.writing() as session:
+        return insert_job(session, TENANT, Recipe.model_validate(body)).id
+
+
+def cancel(database: Database, job_id: str) -> str | None:
+    with database.writing() as session:
+        return request_cancel(session, TENANT, job_id)
+
+
+def get(database: Database, job_id: str) -> Job:
+    with database.reading() as session:
+        return session.get_one(Job, job_id)
+
+
+def events(database: Database, job_id: str) -> list[str]:
+    """The kinds of a job's events, in their order; fails if a number is missing."""
+    with database.reading() as session:
+        rows = session.execute(select(JobEvent.sequence, JobEvent.kind).where(JobEvent.job_id == job_id).order_by(JobEvent.sequence)).all()
+    assert [row.sequence for row in rows] == list(range(1, len(rows) + 1))
+    return [row.kind for row in rows]
+
+
+def messages(database: Database, job_id: str) -> list[str]:
+    """What the log events of a job say."""
+    with database.reading() as session:
+        return list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id).order_by(JobEvent.sequence)))
+
+
+def outbox(database: Database) -> int:
+    with database.reading() as session:
+        return session.execute(select(func.count()).select_from(OutboxMessage)).scalar_one()
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30, what: str = "the condition") -> float:
+    """Seconds until it held."""
+    start = time.monotonic()
+    while not condition():
+        waited = time.monotonic() - start
+        assert waited < seconds, f"{what} did not come within {seconds} s"
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+def wait_for_state(database: Database, job_id: str, *states: str, seconds: float = 60) -> Job:
+    wait_until(lambda: get(database, job_id).state in states, seconds, f"a state among {states}, instead of {get(database, job_id).state},")
+    return get(database, job_id)

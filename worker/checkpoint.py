@@ -1,0 +1,353 @@
+"""What comes out of a job: a checkpoint folder of one shard a decoder block and a last one for the rest, in three layouts.
+
+`uniform` is an ordinary model of its `model_type`; `per_layer` states each layer's width in transformers' `per_layer_config`; `padded` is a `per_layer` checkpoint
+filled up with zero channels, so that it is ordinary again. No function here holds more than one shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from app.recipe import METHODS
+from app.report import Measured, Parameters, Report, TextUsed
+from app.source import Source, TensorEntry, read_header
+from worker.architecture import ARCHITECTURES, Architecture
+
+INDEX = "model.safetensors.index.json"
+SHARDS = "model-*.safetensors"
+MASK_SUFFIX = ".mask"
+# What a checkpoint takes over from its source besides the weights: data that no loader runs.
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+)
+
+
+# -------------------------------------------------------------------- shards
+
+
+def shard_name(index: int, count: int) -> str:
+    """The file of shard `index` (from 1) of `count`; block i is shard i + 1, and the last shard holds embedding, final norm and head."""
+    return f"model-{index:05}-of-{count:05}.safetensors"
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write the tensors whole or not at all, so that a file under its name is always complete. Returns the file's sha256."""
+    return _write_safetensors(path, tensors, {"format": "pt"})
+
+
+def _write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    # safetensors writes metadata in a random order, so a file with more than one entry would not be the same twice.
+    assert len(metadata) == 1
+    part = path.with_name(f".{path.name}.part")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+    with part.open("rb") as written:
+        os.fsync(written.fileno())
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
+    part.rename(path)
+    _sync_folder(path.parent)
+    return digest
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Bytes of the weight files; masks don't count."""
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+
+
+# ------------------------------------------------------------------- layouts
+
+
+def finish(folder: Path, source: Source, widths: list[int], layout: Literal["uniform", "per_layer"], dtype: str) -> None:
+    """Make a folder of shards a checkpoint: index, config, tokenizer. `widths` are FFN channels by layer; `dtype` is as in the recipe's output."""
+    shards = [folder / shard_name(index, len(widths) + 1) for index in range(1, len(widths) + 2)]
+    _write_index(folder, shards)
+    config = _without_origin(source.config, dtype) | (_uniform(widths) if layout == "uniform" else _per_layer(widths))
+    _write_json(folder / "config.json", config)
+    _copy_files(source.folder, folder)
+
+
+def write_padded(per_layer_folder: Path, out: Path) -> None:
+    """A copy of a `per_layer` checkpoint with every layer filled up to the widest by zero channels: the same function, loadable anywhere."""
+    out.mkdir(parents=True, exist_ok=True)
+    config = json.loads((per_layer_folder / "config.json").read_text(encoding="utf-8"))
+    architecture, width = ARCHITECTURES[config["model_type"]], config["intermediate_size"]
+    shards = sorted(per_layer_folder.glob(SHARDS))
+    for shard in shards:
+        with safe_open(shard, framework="pt") as stored:
+            write_shard(out / shard.name, {name: _widen(name, stored.get_tensor(name), width, architecture) for name in stored.keys()})  # noqa: SIM118
+    _write_index(out, [out / shard.name for shard in shards])
+    _write_json(out / "config.json", {name: value for name, value in config.items() if name not in PER_LAYER_FIELDS})
+    _copy_files(per_layer_folder, out)
+
+
+PER_LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")
+
+
+def _uniform(widths: list[int]) -> dict[str, Any]:
+    if len(set(widths)) != 1:
+        raise ValueError(f"the uniform layout needs layers of one width, not {sorted(set(widths))}")
+    return {"intermediate_size": widths[0]}
+
+
+def _per_layer(widths: list[int]) -> dict[str, Any]:
+    """As transformers serialises it: layers of the global width are left out, and keys are filled up to sort as numbers."""
+    widest = max(widths)
+    narrower = {layer: width for layer, width in enumerate(widths) if width != widest}
+    if not narrower:
+        return _uniform(widths)
+    digits = len(str(max(narrower)))
+    return {
+        "intermediate_size": widest,
+        "allow_global_per_layer_attribute_access": True,
+        "per_layer_config": {f"{layer:0{digits}}": {"intermediate_size": width} for layer, width in narrower.items()},
+    }
+
+
+def _without_origin(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The source's config without the path that it was loaded from, and with the dtype under its present name."""
+    kept = {name: value for name, value in config.items() if name not in ("_name_or_path", "torch_dtype")}
+    stated = config.get("dtype", config.get("torch_dtype")) if dtype == "source" else dtype
+    return kept if stated is None else kept | {"dtype": stated}
+
+
+def _widen(name: str, tensor: Tensor, width: int, architecture: Architecture) -> Tensor:
+    """Fill the channel dimension of an MLP's tensor up to `width`; other tensors stay."""
+    linear, _, kind = name.rpartition(".")
+    if linear.endswith(architecture.channel_outputs):  # weight (I, D), bias (I)
+        missing = width - tensor.shape[0]
+        return pad(tensor, (0, 0, 0, missing) if kind == "weight" else (0, missing))
+    if linear.endswith(architecture.down) and kind == "weight":  # (D, I)
+        return pad(tensor, (0, width - tensor.shape[1]))
+    return tensor
+
+
+def _write_index(folder: Path, shards: list[Path]) -> None:
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards:
+        entries |= read_header(shard)
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(entry.shape) for entry in entries.values()),
+            "total_size": sum(entry.end - entry.begin for entry in entries.values()),
+        },
+        "weight_map": {name: entries[name].file.name for name in sorted(entries)},
+    }
+    _write_json(folder / INDEX, index)
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------- masks
+
+
+def masks_name(index: int, count: int) -> str:
+    """The file of one block's masks, numbered as its shard; no loader takes it for weights."""
+    return f"masks-{index:05}-of-{count:05}.safetensors"
+
+
+def write_masks(path: Path, masks: dict[str, Tensor]) -> str:
+    """Write boolean masks (True = kept), eight weights a byte, lowest bit first. Returns the file's sha256."""
+    packed = {name + MASK_SUFFIX: torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little")) for name, mask in masks.items()}
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    return _write_safetensors(path, packed, {"shapes": json.dumps(shapes, sort_keys=True)})
+
+
+def read_masks(path: Path) -> dict[str, Tensor]:
+    """The masks that `write_masks` wrote, by the names of their weights."""
+    with safe_open(path, framework="np") as stored:
+        shapes: dict[str, list[int]] = json.loads(stored.metadata()["shapes"])
+        return {name: _unpack(stored.get_tensor(name + MASK_SUFFIX), shape) for name, shape in shapes.items()}
+
+
+def _unpack(packed: np.ndarray[Any, np.dtype[np.uint8]], shape: list[int]) -> Tensor:
+    bits = np.unpackbits(packed, count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(bits.astype(np.bool_)).reshape(shape)
+
+
+# ---------------------------------------------------------------- model card
+
+
+def model_card(report: Report, *, padded: bool = False) -> str:
+    """README.md of a checkpoint, or of its padded copy: what it lost and gained, how to load it, and how to make it again."""
+    method = report.recipe.method.name
+    structured = METHODS[method][1].structured
+    base = report.recipe.model or ""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        *([f"base_model: {json.dumps(base)}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else []),
+        f"tags: [espalier, pruned, {method}]",
+        "---",
+        "",
+        f"# A {report.model_type} model pruned with {method}",
+        "",
+        _removed(report, structured),
+        "",
+        "## Before and after",
+        "",
+        *_comparison(report),
+        "",
+        "## How to load it",
+        "",
+        *_how_to_load(report, padded),
+        "",
+        "Tried in fresh processes before the job was called a success:",
+        "",
+        *_table(
+            ("Layout", "Loaded by", "Largest difference of a logit from the pruning engine's"),
+            [(check.layout, check.loader, f"{check.max_logit_difference:.3g}") for check in report.loads_with],
+        ),
+        "",
+        "## How it was made",
+        "",
+        *_origin(report),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _removed(report: Report, structured: bool) -> str:
+    gone = report.sparsity
+    shares = f"{gone.ffn:.2%} of the FFN weights, {gone.decoder:.2%} of the decoder's linear weights, {gone.non_embedding:.2%} of the parameters but embeddings"
+    if structured:
+        return f"Removed: {shares}, {gone.all:.2%} of all parameters."
+    return (
+        f"Set to zero: {shares}, {gone.all:.2%} of all parameters. The zeros are stored and multiplied like other weights: "
+        "they save neither time nor memory in transformers or vLLM. The masks lie in `masks-*.safetensors`, eight weights a byte."
+    )
+
+
+def _comparison(report: Report) -> list[str]:
+    counts = {
+        "Parameters, all (tied ones once)": "all",
+        "Parameters but embedding and head": "non_embedding",
+        "Weights of the decoder's linears": "decoder",
+        "Weights of the FFNs": "ffn",
+        "FFN channels, all layers": "ffn_channels",
+        "Zeros among the decoder's linear weights": "decoder_zeros",
+    }
+
+    def count(parameters: Parameters, name: str) -> int:
+        return int(getattr(parameters, name))
+
+    rows = [(label, f"{count(report.parameters_before, name):,}", f"{count(report.parameters_after, name):,}") for label, name in counts.items()]
+    if report.before is not None and report.after is not None:
+        rows += _measured(report.before, report.after)
+    return _table(("", "dense", "pruned"), rows)
+
+
+def _measured(before: Measured, after: Measured) -> list[tuple[str, str, str]]:
+    rows = [
+        ("Bytes of the weight files", f"{before.checkpoint_bytes:,}", f"{after.checkpoint_bytes:,}"),
+        ("Multiply-accumulates a token", f"{before.macs_per_token:,}", f"{after.macs_per_token:,}"),
+    ]
+    if before.perplexity and after.perplexity:
+        how = f"{after.perplexity.windows} windows of {after.perplexity.sequence_length} tokens of `{after.perplexity.text.source}`, {after.perplexity.dtype}"
+        rows.append((f"Perplexity ({how})", f"{before.perplexity.value:.4g}", f"{after.perplexity.value:.4g}"))
+    if before.speed and after.speed:
+        where = f"{after.speed.device}, {after.speed.threads} threads"
+        prefill, decode = f"Prefill, tokens/s ({after.speed.prefill_tokens} tokens, {where})", f"Decode, tokens/s ({after.speed.decode_tokens} tokens, {where})"
+        rows.append((prefill, f"{before.speed.prefill_tokens_per_second:,.1f}", f"{after.speed.prefill_tokens_per_second:,.1f}"))
+        rows.append((decode, f"{before.speed.decode_tokens_per_second:,.1f}", f"{after.speed.decode_tokens_per_second:,.1f}"))
+    if before.peak_memory_bytes and after.peak_memory_bytes:
+        rows.append(("Peak memory, bytes (anonymous)", f"{before.peak_memory_bytes:,}", f"{after.peak_memory_bytes:,}"))
+    return rows
+
+
+def _how_to_load(report: Report, padded: bool) -> list[str]:
+    per_layer = report.recipe.output.layout == "per_layer" and not padded and len({layer.ffn_channels for layer in report.layers}) > 1
+    code = [
+        "```python",
+        *(["import espalier.loader  # pip install espalier; builds each layer at its own width"] if per_layer else []),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',
+        "```",
+    ]
+    if per_layer:
+        code += [
+            "",
+            "Layers have different widths (`per_layer_config` in config.json). Without the import `from_pretrained` stops with an error.",
+            "**Never pass `ignore_mismatched_sizes=True`: it replaces the weights of most layers by random ones and says so only in the log.**",
+        ]
+    if padded:
+        code += ["", "This is the per-layer checkpoint with its layers filled up to the widest by zero channels: the same function at the widest layer's cost."]
+    return code
+
+
+def _origin(report: Report) -> list[str]:
+    recipe = report.recipe.model_dump(mode="json")
+    evaluation = report.after and report.after.perplexity
+    return [
+        "The recipe, which is also the body of `POST /v1/jobs` of an Espalier service:",
+        "",
+        "```json",
+        json.dumps(recipe, indent=2, ensure_ascii=False),
+        "```",
+        "",
+        "Saved as `recipe.json`, it makes the same checkpoint again, bit for bit on the same kind of machine:",
+        "",
+        "```sh",
+        "python -m worker.pipeline recipe.json SOURCE_FOLDER OUT_FOLDER",
+        "```",
+        "",
+        f"- Source model: {report.model_type}, fingerprint `{report.model_fingerprint}`",
+        *([f"- Calibration text: {_provenance(report.calibration)}"] if report.calibration else []),
+        *([f"- Evaluation text: {_provenance(evaluation.text)}"] if evaluation else []),
+        f"- FFN channels by layer: {', '.join(str(layer.ffn_channels) for layer in report.layers)}",
+        f"- Versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
+        *[f"- {note}" for note in report.notes],
+    ]
+
+
+def _provenance(text: TextUsed) -> str:
+    start = "with" if text.bos_added else "without"
+    return f"`{text.source}`, sha256 `{text.sha256}`, {text.used_tokens:,} of {text.tokens:,} tokens, {start} a begin-of-sequence token"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ("---",) * len(head), *rows)]

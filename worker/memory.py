@@ -1,0 +1,46 @@
+"""Peak anonymous memory of this process: what it allocated, mapped file pages apart."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+SAMPLE_SECONDS = 0.02
+
+
+def anonymous_bytes() -> int:
+    """Resident anonymous memory now; where the kernel doesn't tell it apart, all resident memory."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(psutil.Process().memory_info().rss)
+
+
+class PeakMemory:
+    """Samples anonymous memory in a thread while it is entered; `bytes` is the highest value seen."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True, name="peak-memory")
+
+    def _sample(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self.bytes = max(self.bytes, anonymous_bytes())
+
+    def __enter__(self) -> Self:
+        self.bytes = anonymous_bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, anonymous_bytes())

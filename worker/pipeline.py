@@ -1,0 +1,384 @@
+"""The engine, start to end. READ THIS FIRST.
+
+    python -m worker.pipeline RECIPE.json SOURCE_DIR OUT_DIR [--work WORK_DIR]
+
+resolve ▸ load ▸ evaluate the dense model ▸ calibrate and prune ▸ write ▸ evaluate the result ▸ verify it in a fresh process ▸ report.
+
+It knows no service: progress goes to stdout as JSON lines, the result to `OUT_DIR/report.json` and `OUT_DIR/checkpoint/`. Exit 0, or 2 with a last line
+`{"event": "error", "code", "message", "hint"}` for a recipe or a model that can't be run. State lies in WORK_DIR until the result is whole; the same command
+goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from app.exceptions import EspalierError, RecipeError
+from app.recipe import METHODS, Pattern, Recipe
+from app.report import LoadCheck, Measured, Parameters, Perplexity, Report, TextUsed
+from app.source import Source, check_recipe, read_source
+from worker.blocks import BlockStream
+from worker.checkpoint import checkpoint_bytes, finish, model_card, write_padded
+from worker.data import leading_windows, random_windows, tokenize
+from worker.evaluation import LinearZeros, count_parameters, logits, macs_per_token, method_fraction, perplexity, sparsities
+from worker.memory import PeakMemory
+from worker.pruners import PRUNERS
+from worker.pruners.base import MaskPruner, Target
+from worker.pruning import Pruned, Pruning, prune
+from worker.state import WalkState, sha256_of
+from worker.trial import Trial, TrialError, run_trial
+
+Emit = Callable[[dict[str, Any]], None]
+Layout = Literal["uniform", "per_layer", "padded"]
+
+CHECKED_TOKENS = 128  # logits of this many tokens are compared
+LOGIT_TOLERANCE = 1e-3  # of the largest logit
+
+
+def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit) -> Report:
+    """Run a recipe on a checkpoint folder; the result is in `out` when this returns. Raises RecipeError for what can't be run."""
+    with PeakMemory() as memory:
+        progress = Progress(emit)
+        with progress.phase("load"):
+            source = read_source(source_dir)
+            check_recipe(recipe, source)
+            fingerprint = weights_sha256(source)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            stream = BlockStream(source, device)
+            tokens, calibration_text = _calibration_tokens(recipe, source)
+            target = _target(recipe, count_parameters(source, []))
+            progress.plan(_costs(recipe, stream, tokens))
+        state = WalkState.open(work, _state_fingerprint(recipe, fingerprint, tokens))
+        resumed_at = len(state.blocks) or None
+        if state.refused:
+            progress.log(f"Started anew, because of the earlier attempt {state.refused}.")
+        elif resumed_at is not None:
+            progress.log(f"Goes on at block {resumed_at} of {len(stream)}, after verifying the blocks before it.")
+
+        before = _cached(work / "before.json", lambda: _measure(recipe, source_dir, source, [], work, progress, "evaluate_dense", loader=False))
+        with progress.phase("prune"):
+            pruned = _prune(recipe, stream, target, tokens, state, progress)
+        with progress.phase("write"):
+            _write(recipe, source, pruned, out)
+        result = read_source(out / "checkpoint")
+        per_layer = len(set(pruned.widths)) > 1
+        after = _measure(recipe, out / "checkpoint", result, pruned.zeros_after, work, progress, "evaluate", loader=per_layer)
+        with progress.phase("verify"):
+            loads_with = _verify(out, result, work, per_layer)
+
+    parameters_before = count_parameters(source, pruned.zeros_before)
+    parameters_after = count_parameters(result, pruned.zeros_after)
+    report = Report(
+        recipe=recipe,
+        model_type=source.model_type,
+        model_fingerprint=fingerprint,
+        before=before and before.model_copy(update={"parameters": parameters_before}),
+        after=after,
+        parameters_before=parameters_before,
+        parameters_after=parameters_after,
+        sparsity=sparsities(parameters_before, parameters_after),
+        layers=pruned.layers,
+        calibration=calibration_text,
+        loads_with=loads_with,
+        seconds=progress.seconds,
+        resumed_at_block=resumed_at,
+        peak_memory_bytes=memory.bytes,
+        notes=_notes(recipe, target, pruned),
+        versions=_versions(),
+    )
+    (out / "checkpoint" / "README.md").write_text(model_card(report), encoding="utf-8")
+    (out / "report.json").write_text(report.model_dump_json(indent=2), encoding="utf-8")
+    shutil.rmtree(work)
+    return report
+
+
+# -------------------------------------------------------------------- the steps
+
+
+def weights_sha256(source: Source) -> str:
+    """sha256 over config.json and all weight files, in the order of their names."""
+    digest = hashlib.sha256((source.folder / "config.json").read_bytes())
+    for file in sorted({entry.file for entry in source.tensors.values()}):
+        digest.update(bytes.fromhex(sha256_of(file)))
+    return digest.hexdigest()
+
+
+def _calibration_tokens(recipe: Recipe, source: Source) -> tuple[Tensor | None, TextUsed | None]:
+    pruner = PRUNERS[recipe.method.name]
+    if isinstance(pruner, MaskPruner) and not pruner.calibrates:
+        return None, None
+    text = tokenize(source.folder, recipe.calibration.source)
+    tokens = random_windows(text, recipe.calibration)
+    return tokens, text.used(tokens.numel())
+
+
+def _target(recipe: Recipe, dense: Parameters) -> Target:
+    if isinstance(recipe.sparsity, Pattern):
+        return Target(fraction=1 - recipe.sparsity.n / recipe.sparsity.m, pattern=(recipe.sparsity.n, recipe.sparsity.m))
+    facts = METHODS[recipe.method.name][1]
+    fraction = method_fraction(recipe.sparsity, facts, dense)
+    if fraction >= 1:
+        raise RecipeError(
+            f"Removing {recipe.sparsity.fraction:.0%} of '{recipe.sparsity.of}' needs more than all {facts.prunes} of this model.",
+            code="target_unreachable",
+            hint=f"At most {recipe.sparsity.fraction / fraction:.1%} of '{recipe.sparsity.of}' is {facts.prunes}; ask for less.",
+            pointer="/sparsity",
+        )
+    return Target(fraction=fraction)
+
+
+def _state_fingerprint(recipe: Recipe, weights: str, tokens: Tensor | None) -> str:
+    """Of everything that the pruned blocks depend on."""
+    digest = hashlib.sha256(weights.encode())
+    digest.update(recipe.model_dump_json(include={"method", "sparsity", "output"}).encode())
+    if tokens is not None:
+        digest.update(tokens.numpy().tobytes())
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    digest.update(json.dumps([_versions(), torch.get_num_threads()]).encode())
+    return digest.hexdigest()
+
+
+def _measure(
+    recipe: Recipe, folder: Path, source: Source, zeros: list[LinearZeros], work: Path, progress: Progress, phase: str, *, loader: bool
+) -> Measured | None:
+    """Perplexity by streamed blocks in this process; speed and memory of plain transformers in a fresh one."""
+    evaluation = recipe.evaluation
+    if evaluation is None:
+        return None
+    with progress.phase(phase):
+        text = tokenize(folder, evaluation.source)
+        windows = leading_windows(text, evaluation)
+        scratch = _scratch(work / phase)
+        value = perplexity(BlockStream(source), windows, scratch, lambda index: progress.step(index + 1, int(source.config["num_hidden_layers"])))
+        trial = run_trial(folder, windows[:1, :CHECKED_TOKENS], loader=loader, speed=True, work=scratch) if evaluation.speed else None
+        shutil.rmtree(scratch)
+    return Measured(
+        parameters=count_parameters(source, zeros),
+        checkpoint_bytes=checkpoint_bytes(folder),
+        macs_per_token=macs_per_token(source),
+        perplexity=Perplexity(value=value, text=text.used(windows.numel()), windows=len(windows), sequence_length=windows.shape[1], dtype="float32"),
+        speed=trial and trial.speed,
+        peak_memory_bytes=trial and trial.peak_memory_bytes,
+    )
+
+
+def _prune(recipe: Recipe, stream: BlockStream, target: Target, tokens: Tensor | None, state: WalkState, progress: Progress) -> Pruned:
+    dtype = None if recipe.output.dtype == "source" else getattr(torch, recipe.output.dtype)
+    return prune(
+        Pruning(
+            stream=stream,
+            config=recipe.method,
+            target=target,
+            tokens=tokens,
+            layout=recipe.output.layout,
+            dtype=dtype,
+            state=state,
+            block_done=lambda index: progress.step(index + 1, len(stream)),
+        ),
+        PRUNERS[recipe.method.name],
+    )
+
+
+def _write(recipe: Recipe, source: Source, pruned: Pruned, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in ("checkpoint", "padded"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    shutil.copytree(pruned.folder, out / "checkpoint", copy_function=_link)
+    finish(out / "checkpoint", source, pruned.widths, recipe.output.layout, recipe.output.dtype)
+    if recipe.output.padded:
+        write_padded(out / "checkpoint", out / "padded")
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a finished shard, where the file system has such; else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _verify(out: Path, result: Source, work: Path, per_layer: bool) -> list[LoadCheck]:
+    """Load every artifact in a fresh process and compare its logits with this process's own."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, int(result.config["vocab_size"]), (1, CHECKED_TOKENS), generator=generator)
+    scratch = _scratch(work / "verify")
+    own = logits(BlockStream(result), tokens, scratch)
+    attempts: list[tuple[Layout, str, bool]] = [("per_layer" if per_layer else "uniform", "checkpoint", per_layer)]
+    if (out / "padded").is_dir():
+        attempts.append(("padded", "padded", False))
+    checks = [_compare(layout, run_trial(out / folder, tokens, loader=loader, work=scratch), own) for layout, folder, loader in attempts]
+    shutil.rmtree(scratch)
+    return checks
+
+
+def _compare(layout: Layout, trial: Trial, own: Tensor) -> LoadCheck:
+    difference = float((trial.logits - own).abs().max())
+    allowed = LOGIT_TOLERANCE * max(1.0, float(own.abs().max()))
+    if not difference <= allowed:
+        raise EspalierError(
+            f"The {layout} checkpoint gives other logits when it is loaded ({difference:.3g} off, {allowed:.3g} allowed).",
+            code="reload_mismatch",
+            hint="This is a fault of Espalier; please report it with the recipe.",
+        )
+    return LoadCheck(layout=layout, loader=trial.loader, max_logit_difference=difference, checked="logits")
+
+
+# ------------------------------------------------------------------------- helpers
+
+
+@dataclass
+class Progress:
+    """Tells phases and blocks as events; the fraction of the whole job is counted in tokens that pass the blocks."""
+
+    emit: Emit
+    seconds: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+    finished: float = 0.0
+    current: str = ""
+
+    def plan(self, costs: dict[str, float]) -> None:
+        self.costs = costs
+
+    def log(self, message: str) -> None:
+        self.emit({"event": "log", "message": message})
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.current = name
+        self.emit({"event": "phase", "phase": name})
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 3)
+        self.finished += self.costs.get(name, 0.0)
+
+    def step(self, done: int, total: int) -> None:
+        all_costs = sum(self.costs.values())
+        fraction = (self.finished + self.costs.get(self.current, 0.0) * done / total) / all_costs if all_costs else 0.0
+        self.emit({"event": "progress", "phase": self.current, "done": done, "total": total, "fraction": round(min(fraction, 1.0), 4)})
+
+
+def _costs(recipe: Recipe, stream: BlockStream, tokens: Tensor | None) -> dict[str, float]:
+    """What each phase costs, in tokens that pass all blocks; the constants are from SmolLM2-135M on two cores."""
+    facts = METHODS[recipe.method.name][1]
+    calibrated = 0 if tokens is None else tokens.numel() * (1 if facts.structured else 2)
+    costs = {"prune": calibrated + 1000.0, "write": 300.0, "verify": 3000.0}
+    if recipe.evaluation is not None:
+        evaluated = recipe.evaluation.windows * recipe.evaluation.sequence_length * 1.5 + (5000.0 if recipe.evaluation.speed else 0.0)
+        costs |= {"evaluate_dense": evaluated, "evaluate": evaluated}
+    return costs
+
+
+def _cached(path: Path, measure: Callable[[], Measured | None]) -> Measured | None:
+    """The dense model is measured once a job, however often it is attempted."""
+    if path.is_file():
+        return Measured.model_validate_json(path.read_bytes())
+    measured = measure()
+    if measured is not None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(measured.model_dump_json(), encoding="utf-8")
+        temporary.replace(path)
+    return measured
+
+
+def _scratch(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _notes(recipe: Recipe, target: Target, pruned: Pruned) -> list[str]:
+    notes = []
+    facts = METHODS[recipe.method.name][1]
+    if not facts.structured:
+        notes.append("The zeros are stored: they save neither time nor memory in transformers or vLLM. A structured method does.")
+    if facts.structured and recipe.output.layout == "uniform":
+        notes.append("The uniform layout gives every layer the same width, so coarse importance is reported but allots nothing.")
+    removed = 1 - sum(pruned.widths) / sum(layer.ffn_channels_before for layer in pruned.layers)
+    if facts.structured and abs(removed - target.fraction) > 0.5 / min(layer.ffn_channels_before for layer in pruned.layers):
+        notes.append(f"{removed:.2%} of the FFN channels were removed instead of {target.fraction:.2%}, because widths are whole and bounded.")
+    return notes
+
+
+def _versions() -> dict[str, str]:
+    return {"espalier": version("espalier"), "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m worker.pipeline", description="Prune a checkpoint folder by a recipe.")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--work", type=Path, help="where state is kept until the result is whole (default: OUT_DIR/.work)")
+    asked = parser.parse_args()
+
+    def emit(event: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        run(_read_recipe(asked.recipe), asked.source, asked.out, asked.work or asked.out / ".work", emit)
+    except (EspalierError, SafetensorError, TrialError, OSError) as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        emit({"event": "error", **refusal})
+        return 2
+    return 0
+
+
+def _read_recipe(path: Path) -> Recipe:
+    try:
+        return Recipe.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        faults = "; ".join(f"{'/'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors())
+        raise RecipeError(f"The recipe is not valid: {faults}", code="recipe_invalid", hint="See the recipe's schema in /openapi.json.") from None
+
+
+def _refusal(error: Exception) -> dict[str, str] | None:
+    """What to tell the user where trying again can't help; None for a fault that may pass."""
+    if isinstance(error, EspalierError):
+        return {"code": error.code, "message": error.message, "hint": error.hint}
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return {"code": "disk_full", "message": f"The disk is full: {error}", "hint": "Free space in the worker's work directory, or prune a smaller model."}
+    if isinstance(error, TrialError):
+        return {"code": "reload_failed", "message": str(error), "hint": "This is a fault of Espalier; please report it with the recipe."}
+    if isinstance(error, SafetensorError):
+        full = "No space left" in str(error)
+        if full:
+            return {
+                "code": "disk_full",
+                "message": f"The disk is full: {error}",
+                "hint": "Free space in the worker's work directory, or prune a smaller model.",
+            }
+        return {"code": "checkpoint_truncated", "message": f"A weight file can't be read: {error}", "hint": "Download or save the checkpoint again."}
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

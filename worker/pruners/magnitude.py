@@ -1,0 +1,31 @@
+"""Magnitude pruning (Han et al. 2015, arXiv 1506.02626): the weights of smallest absolute value go. Needs no calibration."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from app.recipe import Magnitude
+from worker.calibration import InputNorms
+from worker.masks import keep_largest, keep_largest_per_row, keep_n_of_m
+from worker.pruners.base import MaskPruner, Target, Weights
+
+
+def mask(weight: Tensor, target: Target, compare: str = "matrix") -> Tensor:
+    """(C_out, C_in) mask of the weights that stay.
+
+    Exactly round(n · fraction) weights go; the code that came with Wanda drops one more, and all that tie with it.
+    """
+    score = weight.abs()
+    if target.pattern is not None:
+        return keep_n_of_m(score, *target.pattern)
+    if compare == "row":
+        columns = weight.shape[1]
+        return keep_largest_per_row(score, columns - round(columns * target.fraction))
+    return keep_largest(score, weight.numel() - round(weight.numel() * target.fraction))
+
+
+def _masks(weights: Weights, norms: InputNorms, config: Magnitude, target: Target) -> dict[str, Tensor]:
+    return {name: mask(weight, target, config.compare) for name, weight in weights.items()}
+
+
+PRUNER = MaskPruner(masks=_masks, calibrates=False)

@@ -1,0 +1,69 @@
+"""What a walk over the blocks has finished, so that a killed job goes on at its last verified block."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class WalkState:
+    """`state.json` in the work directory: a fingerprint of everything that the result depends on, and a record for each finished block.
+
+    A record names the files that the block left (path relative to the work directory -> sha256) and the facts about it. The input of the next block is
+    verified too, where the method computes one.
+    """
+
+    def __init__(self, work: Path, fingerprint: str) -> None:
+        self.work = work
+        self.path = work / "state.json"
+        self.fingerprint = fingerprint
+        self.blocks: list[dict[str, Any]] = []
+        self.refused: str | None = None  # why an earlier state was not gone on with
+
+    @classmethod
+    def open(cls, work: Path, fingerprint: str) -> WalkState:
+        """The state to go on with; whatever belongs to another job or fails its hash is removed, and `refused` says why."""
+        work.mkdir(parents=True, exist_ok=True)
+        state = cls(work, fingerprint)
+        if state.path.is_file():
+            state.refused = state._load()
+        if not state.blocks:
+            for entry in work.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        return state
+
+    def _load(self) -> str | None:
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            fingerprint, blocks = stored["fingerprint"], list(stored["blocks"])
+        except (ValueError, KeyError, TypeError):
+            return "its state can't be read"
+        if fingerprint != self.fingerprint:
+            return "the model, the recipe, the text or the code is another one"
+        expected = {path: digest for block in blocks for path, digest in block["files"].items()}
+        if blocks and blocks[-1]["next_input"]:
+            expected.update([blocks[-1]["next_input"]])
+        for path, digest in expected.items():
+            if not (self.work / path).is_file() or sha256_of(self.work / path) != digest:
+                return f"{path} is damaged"
+        self.blocks = blocks
+        return None
+
+    def finish_block(self, files: dict[str, str], facts: dict[str, Any], next_input: tuple[str, str] | None) -> None:
+        """Record a block whose files are on disk; `next_input` is (path, sha256) of the next block's input."""
+        self.blocks.append({"files": files, "facts": facts, "next_input": next_input})
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump({"fingerprint": self.fingerprint, "blocks": self.blocks}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self.path)

@@ -1,0 +1,235 @@
+"""One attempt at a job: claim ▸ fetch the model ▸ run the engine ▸ upload ▸ finish. Each long step is a child process under the attempt's lease."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from app.database import Database
+from app.exceptions import EspalierError
+from app.jobs.lease import Lease, LeaseLost, StoredFile, claim, finish, finished_jobs, is_result, release, worker_lost
+from app.recipe import Recipe
+from app.settings import Settings
+from app.source import find_local, find_text
+from app.storage import open_store
+from worker.heartbeat import Heartbeat, never
+from worker.supervisor import Outcome, supervise
+from worker.workspace import Workspace, sweep, workspace
+
+ENGINE = (sys.executable, "-m", "worker.pipeline")
+FETCH = (sys.executable, "-m", "worker.fetch")
+UPLOAD = (sys.executable, "-m", "worker.upload")
+SETTLE_PAUSE = 1.0  # seconds between two tries to write how the attempt ended
+DISK_FULL = {"code": "disk_full", "message": "The worker's disk is full.", "hint": "Free space in the worker's work directory, or prune a smaller model."}
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    report: dict[str, Any]
+    files: list[StoredFile]
+
+
+class Ended(Exception):  # noqa: N818  a step that did not succeed ends the attempt, for whatever reason
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.kind)
+        self.outcome = outcome
+
+
+def run_job(job_id: str, settings: Settings, database: Database, *, engine: Sequence[str] = ENGINE, draining: Callable[[], bool] = never) -> None:
+    """Claim the job and make one attempt at it; does nothing where there is nothing to claim."""
+    claimed_at = time.monotonic()
+    with database.writing() as session:
+        lease = claim(session, job_id, f"{socket.gethostname()}:{os.getpid()}", settings.lease_seconds)
+    if lease is None:
+        log.info("nothing to claim", job_id=job_id)
+        return
+    with structlog.contextvars.bound_contextvars(job_id=job_id, attempt=lease.attempt):
+        log.info("claimed", token=lease.token)
+        beating = {"claimed_at": claimed_at, "lease_seconds": settings.lease_seconds, "beat_seconds": settings.beat_seconds}
+        with Heartbeat(database, lease, **beating, draining=draining) as heart:
+            attempt = Attempt(settings, lease, heart, engine)
+            outcome, result = attempt.run()
+            heart.stop()
+            log.info("ended", outcome=outcome.kind, error=outcome.error)
+            _settle(database, heart, lambda session: _conclude(session, heart, outcome, result))
+        clean_up(settings, database, lease)
+
+
+class Attempt:
+    """What the steps of one attempt share."""
+
+    def __init__(self, settings: Settings, lease: Lease, heart: Heartbeat, engine: Sequence[str]) -> None:
+        self._settings = settings
+        self._lease = lease
+        self._heart = heart
+        self._engine = engine
+        self._recipe = Recipe.model_validate(lease.recipe)
+        self._deadline = time.monotonic() + self._recipe.limits.max_runtime
+
+    def run(self) -> tuple[Outcome, Result | None]:
+        try:
+            with workspace(self._settings.work_dir, self._lease) as space:
+                if not (space.folder / "engine-finished").exists():
+                    self._run_engine(space, self._fetch(space))
+                return Outcome("succeeded"), self._upload(space)
+        except Ended as ended:
+            return ended.outcome, None
+        except EspalierError as error:
+            return Outcome("failed", {"code": error.code, "message": error.message, "hint": error.hint}), None
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return Outcome("failed", DISK_FULL), None
+            log.exception("attempt failed")
+            internal = {
+                "code": "internal_error",
+                "message": "The worker failed in an unexpected way.",
+                "hint": "The operator finds the reason in the worker's log.",
+            }
+            return Outcome("crashed", internal), None
+
+    def _fetch(self, space: Workspace) -> Path:
+        """The folder of the model that the recipe names."""
+        model = self._recipe.model
+        assert model is not None
+        folder = find_local(model, self._settings.model_roots)
+        if folder is not None:
+            return folder
+        if not self._settings.hub:
+            raise EspalierError(f"There is no model '{model}' below the worker's roots.", code="model_not_found", hint="Name a folder below an allowed root.")
+        fetched = space.folder / "model.json"
+        outcome = self._step(space, *FETCH, model, fetched)
+        if outcome.kind == "crashed":
+            outcome = Outcome(
+                "crashed", {"code": "hub_unavailable", "message": f"'{model}' could not be fetched from the hub.", "hint": "Try again in a while."}
+            )
+        _must_succeed(outcome)
+        return Path(json.loads(fetched.read_text(encoding="utf-8"))["folder"])
+
+    def _run_engine(self, space: Workspace, source: Path) -> None:
+        recipe = space.folder / "recipe.json"
+        recipe.write_text(_with_paths(self._recipe, self._settings).model_dump_json(), encoding="utf-8")
+        outcome = self._step(
+            space, *self._engine, recipe, source, space.out, "--work", space.state, memory_bytes=self._settings.engine_memory_bytes, secrets=False
+        )
+        if outcome.said and outcome.kind in ("failed", "crashed"):
+            self._heart.tell("log", f"The engine's last words:\n{outcome.said}")
+        _must_succeed(outcome)
+        (space.folder / "engine-finished").touch()
+
+    def _upload(self, space: Workspace) -> Result:
+        manifest = space.folder / "manifest.json"
+        outcome = self._step(space, *UPLOAD, space.out, self._lease.artifact_prefix, manifest)
+        if outcome.kind == "crashed":
+            log.error("upload failed", said=outcome.said)
+            outcome = Outcome("crashed", {"code": "store_unavailable", "message": "The result could not be stored.", "hint": "Try again in a while."})
+        _must_succeed(outcome)
+        report = json.loads((space.out / "report.json").read_text(encoding="utf-8"))
+        return Result(report, [StoredFile(**entry) for entry in json.loads(manifest.read_text(encoding="utf-8"))])
+
+    def _step(self, space: Workspace, *command: str | Path, memory_bytes: int = 0, secrets: bool = True) -> Outcome:
+        return supervise(
+            [str(part) for part in command],
+            self._heart,
+            deadline=self._deadline,
+            grace_seconds=self._settings.cancel_grace_seconds,
+            memory_bytes=memory_bytes,
+            environment=None if secrets else {name: value for name, value in os.environ.items() if not name.startswith(("ESPALIER_", "HF_TOKEN"))},
+            keep_open=(space.lock,),
+        )
+
+
+def _must_succeed(outcome: Outcome) -> None:
+    if outcome.kind != "succeeded":
+        raise Ended(outcome)
+
+
+def _with_paths(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with the texts' absolute paths, which may be read only below the allowed roots."""
+    changed = {}
+    for part in ("calibration", "evaluation"):
+        text = getattr(recipe, part)
+        path = None if text is None else find_text(text.source, settings.text_roots, f"/{part}/source")
+        if path is not None:
+            changed[part] = text.model_copy(update={"source": str(path)})
+    return recipe.model_copy(update=changed)
+
+
+# ------------------------------------------------------------------ how it ends
+
+
+def _conclude(session: Session, heart: Heartbeat, outcome: Outcome, result: Result | None) -> None:
+    lease = heart.lease
+    match outcome.kind:
+        case "succeeded":
+            assert result is not None
+            progress = heart.last_progress | {"fraction": 1.0, "eta_seconds": 0}
+            finish(session, lease, "succeeded", progress=progress, report=result.report, files=result.files)
+        case "cancelled":
+            finish(session, lease, "cancelled")
+        case "draining":
+            release(session, lease, "The worker shuts down; another one will go on.", charged=False)
+        case "crashed" if not lease.last_attempt:
+            assert outcome.error is not None
+            release(session, lease, f"{outcome.error['message']} Attempt {lease.attempt + 1} of {lease.max_attempts} follows.", charged=True)
+        case "failed" | "crashed":
+            lost = outcome.error is None or outcome.error["code"] == "worker_lost"
+            finish(session, lease, "failed", error=worker_lost(lease.attempt) if lost else outcome.error)
+        case "lost":
+            raise LeaseLost(lease.job_id)
+
+
+def _settle(database: Database, heart: Heartbeat, write: Callable[[Session], None]) -> None:
+    """Write how the attempt ended, for as long as the lease is held; after that the reaper does."""
+    while True:
+        try:
+            with database.writing() as session:
+                write(session)
+        except SQLAlchemyError:
+            log.exception("the attempt's end could not be written")
+            if heart.seconds_left() < SETTLE_PAUSE:
+                return
+            time.sleep(SETTLE_PAUSE)
+        except LeaseLost:
+            try:  # a cancel may have come after the last beat
+                with database.writing() as session:
+                    finish(session, heart.lease, "cancelled")
+            except (LeaseLost, SQLAlchemyError):
+                log.warning("lease lost")
+            return
+        else:
+            return
+
+
+def clean_up(settings: Settings, database: Database, lease: Lease | None = None) -> None:
+    """Remove the work directories of finished jobs and, of the lease's job, stored files that are not its result. What fails now is tried after the next job."""
+
+    def finished(job_ids: Sequence[str]) -> set[str]:
+        with database.reading() as session:
+            return finished_jobs(session, job_ids)
+
+    try:
+        sweep(settings.work_dir, finished)
+        if lease is not None:
+            store = open_store(settings)
+            for token in range(1, lease.token + 1):
+                prefix = lease.prefix_of(token)
+                with database.reading() as session:
+                    keep = is_result(session, lease.job_id, prefix)
+                if not keep:
+                    store.delete_prefix(prefix)
+    except (SQLAlchemyError, EspalierError, OSError):
+        log.exception("clean-up failed")

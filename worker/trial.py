@@ -1,0 +1,207 @@
+"""Try a checkpoint as its user will: a fresh process loads it with transformers, runs tokens through it and, where asked, times it.
+
+    python -m worker.trial FOLDER TOKENS.safetensors OUT_DIR [--loader] [--speed] [--dtype float32]
+
+`TOKENS.safetensors` holds `tokens`, (B, T) int64. `OUT_DIR` gets `logits.safetensors` with `logits`, (B, T, V) float32, and `trial.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from app.report import Speed
+from worker.memory import PeakMemory
+
+PREFILL_TOKENS = 512
+DECODE_TOKENS = 64
+WARM_UP_TOKENS = 8
+REPETITIONS = 3
+STDERR_TAIL = 4000  # characters
+PR_SET_PDEATHSIG = 1
+
+
+class TrialError(RuntimeError):
+    """The checkpoint could not be loaded or run; the message has what the process said last."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a fresh process found."""
+
+    loader: str  # what loaded it, e.g. "transformers 5.23.0 + espalier.loader"
+    device: str
+    threads: int
+    peak_memory_bytes: int  # highest anonymous resident memory
+    peak_resident_bytes: int  # highest resident memory, mapped files included
+    speed: Speed | None
+    logits: Tensor  # (B, T, V) float32
+
+
+# --------------------------------------------------------------- the caller's side
+
+
+def run_trial(
+    folder: Path, tokens: Tensor, *, loader: bool = False, speed: bool = False, dtype: str = "float32", work: Path | None = None, timeout: float = 3600
+) -> Trial:
+    """Try the checkpoint in `folder` on (B, T) token ids, with plain transformers or also with `espalier.loader`.
+
+    The files that pass between the processes lie in `work` for the time of the call. Raises TrialError.
+    """
+    with tempfile.TemporaryDirectory(prefix="trial-", dir=work) as exchange:
+        batch, out = Path(exchange, "tokens.safetensors"), Path(exchange, "out")
+        save_file({"tokens": tokens.to(torch.int64).contiguous()}, batch)
+        flags = ["--loader"] * loader + ["--speed"] * speed
+        command = [sys.executable, "-m", "worker.trial", str(folder), str(batch), str(out), "--dtype", dtype, *flags]
+        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        try:
+            ended = subprocess.run(
+                command, env=os.environ | offline, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise TrialError(f"Loading and running '{folder.name}' took longer than {timeout:g} s.") from error
+        if ended.returncode != 0:
+            raise TrialError(
+                f"'{folder.name}' could not be loaded and run in a fresh process (exit {ended.returncode}):\n{ended.stderr[-STDERR_TAIL:].strip()}"
+            )
+        found = json.loads((out / "trial.json").read_text(encoding="utf-8"))
+        measured = None if found["speed"] is None else Speed(**found["speed"])
+        return Trial(**(found | {"speed": measured}), logits=load_file(out / "logits.safetensors")["logits"])
+
+
+# ------------------------------------------------------------- in the fresh process
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m worker.trial", description="Try a checkpoint in this process.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("tokens", type=Path, help="safetensors file with `tokens`, (B, T) int64")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--loader", action="store_true", help="import espalier.loader first")
+    parser.add_argument("--speed", action="store_true", help="measure prefill and decode")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    asked = parser.parse_args(arguments)
+
+    _end_with_parent()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    tokens = load_file(asked.tokens)["tokens"]
+    with PeakMemory() as memory:
+        model = load(asked.folder, loader=asked.loader, dtype=getattr(torch, asked.dtype))
+        logits = run(model, tokens)
+        speed = measure_speed(model, tokens) if asked.speed else None
+    save_file({"logits": logits}, asked.out / "logits.safetensors")
+    found = {
+        "loader": _loader_name(asked.loader),
+        "device": _device_name(model.device),
+        "threads": torch.get_num_threads(),
+        "peak_memory_bytes": memory.bytes,
+        "peak_resident_bytes": _peak_resident_bytes(),
+        "speed": speed and speed.model_dump(),
+    }
+    (asked.out / "trial.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path, *, loader: bool, dtype: torch.dtype) -> Any:
+    """The model by `from_pretrained`; raises ValueError where a weight is missing, left over or of another shape."""
+    transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    if loader:
+        importlib.import_module("espalier.loader")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if wrong:
+        raise ValueError(f"from_pretrained did not load the weights as they are: {wrong}")
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def run(model: Any, tokens: Tensor) -> Tensor:
+    """(B, T) -> (B, T, V) float32 on the CPU, one sequence at a time."""
+    return torch.stack([model(row[None].to(model.device), use_cache=False).logits[0].float().cpu() for row in tokens])
+
+
+@torch.no_grad()
+def measure_speed(model: Any, tokens: Tensor) -> Speed:
+    """Medians over repetitions, after a warm-up, of reading a prompt and of writing greedily after it."""
+    longest = model.config.max_position_embeddings - DECODE_TOKENS
+    length = max(1, min(PREFILL_TOKENS, longest))
+    prompt = tokens.flatten().repeat(-(-length // tokens.numel()))[None, :length].to(model.device)
+
+    def once(written: int) -> tuple[float, float]:
+        output, prefill = _timed(lambda: model(prompt, use_cache=True, logits_to_keep=1), model.device)
+        return prefill, _timed(lambda: _decode(model, output, written), model.device)[1]
+
+    once(WARM_UP_TOKENS)
+    prefills, decodes = zip(*(once(DECODE_TOKENS) for _ in range(REPETITIONS)), strict=True)
+    return Speed(
+        device=_device_name(model.device),
+        threads=torch.get_num_threads(),
+        prefill_tokens=length,
+        prefill_tokens_per_second=length / statistics.median(prefills),
+        decode_tokens=DECODE_TOKENS,
+        decode_tokens_per_second=DECODE_TOKENS / statistics.median(decodes),
+    )
+
+
+def _decode(model: Any, output: Any, count: int) -> None:
+    for _ in range(count):
+        output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    _finish_queued(device)
+    start = time.perf_counter()
+    result = work()
+    _finish_queued(device)
+    return result, time.perf_counter() - start
+
+
+def _finish_queued(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _loader_name(loader: bool) -> str:
+    transformers = f"transformers {importlib.import_module('transformers').__version__}"
+    return f"{transformers} + espalier.loader" if loader else transformers
+
+
+def _peak_resident_bytes() -> int:
+    """Of this program; getrusage's ru_maxrss would also tell that of the process which started it."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when the thread that started it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,75 @@
+"""The directory in which a job is worked on. It outlives an attempt, so that the next one goes on where it stopped, and never has two users at once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.jobs.lease import Lease
+
+NAME = re.compile(r"(job_[0-9a-f]+)(\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    folder: Path
+    lock: int  # file descriptor; a child that inherits it keeps the directory taken for as long as it lives
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "work"
+
+
+@contextmanager
+def workspace(root: Path, lease: Lease) -> Iterator[Workspace]:
+    """The job's directory, or a fresh one while an earlier attempt's process still has it."""
+    for name in (lease.job_id, f"{lease.job_id}.{lease.token}"):
+        lock = _take(root / name)
+        if lock is not None:
+            try:
+                yield Workspace(root / name, lock)
+            finally:
+                os.close(lock)
+            return
+    raise OSError(f"another process has the fresh directory {name}")
+
+
+def sweep(root: Path, finished: Callable[[Sequence[str]], set[str]]) -> None:
+    """Remove the directories of finished jobs, but for those that a process still has. `finished` tells which of some job ids are."""
+    found = [(match[1], path) for path in sorted(root.glob("job_*")) if (match := NAME.fullmatch(path.name))]
+    over = finished([job_id for job_id, _ in found]) if found else set()
+    for folder in (path for job_id, path in found if job_id in over):
+        lock = _take(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _take(folder: Path) -> int | None:
+    """A descriptor that holds the directory's lock; None while another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except OSError:
+            os.close(lock)
+            raise
+        if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
+            return lock
+        os.close(lock)  # a sweep removed the file between the two calls
+        folder.mkdir(parents=True, exist_ok=True)

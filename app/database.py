@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import JSON, DateTime, Dialect, Engine, MetaData, create_engine, event
 from sqlalchemy.dialects.postgresql import JSONB
@@ -15,6 +15,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ColumnElement
+from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import TypeDecorator
 
 NAMING = {
@@ -56,7 +57,7 @@ class db_now(ColumnElement[datetime]):  # noqa: N801  reads as a SQL function
     """The database's clock, moved by a number of seconds. All lease arithmetic uses it, so a worker's wrong clock changes nothing."""
 
     type = UtcDateTime()
-    inherit_cache = False
+    _traverse_internals: ClassVar = [("plus_seconds", InternalTraversal.dp_plain_obj)]  # part of the key under which a statement is compiled once
 
     def __init__(self, plus_seconds: float = 0) -> None:
         self.plus_seconds = float(plus_seconds)

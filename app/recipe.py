@@ -238,7 +238,7 @@ class Recipe(Strict):
     sparsity: Sparsity = Field(description="How much to remove: a fraction, an N:M pattern, or an object that names its denominator.", examples=[0.3, "2:4"])
     calibration: Calibration = Field(Calibration(), description="The text that the method measures activations on.")
     evaluation: Evaluation | None = Field(Evaluation(), description="What is measured before and after; `null` skips it.")
-    output: Output = Field(Output(), description="How the checkpoint is written.")
+    output: Output = Field(Output(), description="Layout and dtype of the checkpoint.")
     limits: Limits = Field(Limits(), description="Bounds on the job.")
 
     @model_validator(mode="after")

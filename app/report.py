@@ -66,7 +66,9 @@ class Measured(Part):
     )
     perplexity: Perplexity | None = Field(description="How well it predicts text.")
     speed: Speed | None = Field(description="How fast it is; null where the recipe does not ask for it.")
-    peak_memory_bytes: int | None = Field(description="Highest anonymous resident memory while this model was evaluated.")
+    peak_memory_bytes: int | None = Field(
+        description="Highest resident memory of a fresh process that loads this model with plain transformers and generates; its mapped weights included."
+    )
 
 
 class LayerReport(Part):

@@ -170,7 +170,7 @@ def download(
 
         files = client.download(job_id, to, roles=tuple(role or ()), on_bytes=on_bytes)
     if as_json:
-        _print_json([{"path": str(file.path), **file.artifact, "path_in_job": file.artifact["path"], "resumed_at": file.resumed_at} for file in files])
+        _print_json([{"file": str(file.path), **file.artifact, "resumed_at": file.resumed_at} for file in files])
     else:
         out.print(f"{len(files)} files in {escape(str(to))}, sha256 of each as in the manifest")
 
@@ -204,10 +204,17 @@ def serve(
         if value is not None:
             os.environ[name] = str(value)
     _require("fastapi", "sqlalchemy", "celery", "torch")
+    from pydantic import ValidationError
+
     from app.serve import serve as run
     from app.settings import get_settings
 
-    raise typer.Exit(run(get_settings(), as_json=as_json))
+    try:
+        settings = get_settings()
+    except ValidationError as error:
+        faults = [" ".join((*(f"ESPALIER_{name}:".upper() for name in fault["loc"]), fault["msg"].removeprefix("Value error, "))) for fault in error.errors()]
+        raise ClientError("\n".join(("the service can't start with these settings", *faults))) from error
+    raise typer.Exit(run(settings, as_json=as_json))
 
 
 @app.command()

@@ -154,7 +154,13 @@ def _service(home: Path, model_root: Path) -> Iterator[tuple[str, str]]:
     with log.open("wb") as stderr:
         command = [sys.executable, "-m", "espalier.cli", "serve", "--port", "0", "--json"]
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=environment, cwd=home, preexec_fn=_end_with_parent
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=environment,
+            cwd=home,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509  no other thread runs yet
         )
     assert process.stdout is not None
     try:

@@ -30,10 +30,13 @@ class TokenizedText:
         return TextUsed(source=self.source, sha256=self.sha256, tokens=len(self.tokens), used_tokens=tokens, bos_added=self.bos_added)
 
 
-def tokenize(folder: Path, source: str) -> TokenizedText:
-    """Tokenise the text named by `source` with the tokenizer of a checkpoint folder."""
-    text = _read_text(source)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def tokenize(folder: Path, source: str, texts: dict[str, Path]) -> TokenizedText:
+    """Tokenise the text that a recipe calls `source` with the tokenizer of a checkpoint folder; `texts` says where texts lie that are no paths from here."""
+    text = _read_text(source, texts)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001  the tokenizers library raises bare Exceptions
+        raise RecipeError(f"The checkpoint's tokenizer can't be loaded: {error}", code="tokenizer_invalid", hint="Save the tokenizer again.") from error
     ids = tokenizer(text, verbose=False).input_ids
     bos_added = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
     return TokenizedText(source, hashlib.sha256(text.encode()).hexdigest(), torch.tensor(ids, dtype=torch.int64), bos_added)
@@ -66,8 +69,8 @@ def _require_tokens(text: TokenizedText, needed: int, code: str, pointer: str) -
         )
 
 
-def _read_text(source: str) -> str:
-    path = _bundled_path(source) if source in BUNDLED_TEXTS else Path(source)
+def _read_text(source: str, texts: dict[str, Path]) -> str:
+    path = _bundled_path(source) if source in BUNDLED_TEXTS else texts.get(source, Path(source))
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):

@@ -58,10 +58,10 @@ def count_parameters(source: Source, zeros: list[LinearZeros]) -> Parameters:
 
 
 def sparsities(before: Parameters, after: Parameters) -> Sparsities:
-    """Fraction of each denominator that is gone or zero."""
+    """Fraction of each denominator that was removed or, where all are still stored, that is zero."""
 
     def gone(dense: int, stored: int, zeros: int) -> float:
-        return 1 - (stored - zeros) / dense
+        return 1 - stored / dense if stored < dense else zeros / dense
 
     return Sparsities(
         ffn=gone(before.ffn, after.ffn, after.ffn_zeros),

@@ -1,6 +1,6 @@
 """The engine, start to end. READ THIS FIRST.
 
-    python -m worker.pipeline RECIPE.json SOURCE_DIR OUT_DIR [--work WORK_DIR]
+    python -m worker.pipeline RECIPE.json SOURCE_DIR OUT_DIR [--work WORK_DIR] [--text NAME PATH …]
 
 resolve ▸ load ▸ evaluate the dense model ▸ calibrate and prune ▸ write ▸ evaluate the result ▸ verify it in a fresh process ▸ report.
 
@@ -41,7 +41,7 @@ from worker.blocks import BlockStream
 from worker.checkpoint import checkpoint_bytes, finish, model_card, write_padded
 from worker.data import leading_windows, random_windows, tokenize
 from worker.evaluation import LinearZeros, count_parameters, logits, macs_per_token, method_fraction, perplexity, sparsities
-from worker.memory import PeakMemory
+from worker.memory import PeakMemory, return_freed_memory
 from worker.pruners import PRUNERS
 from worker.pruners.base import MaskPruner, Target
 from worker.pruning import Pruned, Pruning, prune
@@ -55,8 +55,12 @@ CHECKED_TOKENS = 128  # logits of this many tokens are compared
 LOGIT_TOLERANCE = 1e-3  # of the largest logit
 
 
-def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit) -> Report:
-    """Run a recipe on a checkpoint folder; the result is in `out` when this returns. Raises RecipeError for what can't be run."""
+def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, texts: dict[str, Path] | None = None) -> Report:
+    """Run a recipe on a checkpoint folder; the result is in `out` when this returns. Raises RecipeError for what can't be run.
+
+    `texts` says where the texts lie that the recipe names otherwise than by a bundled name or a path from here.
+    """
+    texts = texts or {}
     with PeakMemory() as memory:
         progress = Progress(emit)
         with progress.phase("load"):
@@ -65,7 +69,7 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit) -> 
             fingerprint = weights_sha256(source)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             stream = BlockStream(source, device)
-            tokens, calibration_text = _calibration_tokens(recipe, source)
+            tokens, calibration_text = _calibration_tokens(recipe, source, texts)
             target = _target(recipe, count_parameters(source, []))
             progress.plan(_costs(recipe, stream, tokens))
         state = WalkState.open(work, _state_fingerprint(recipe, fingerprint, tokens))
@@ -75,14 +79,14 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit) -> 
         elif resumed_at is not None:
             progress.log(f"Goes on at block {resumed_at} of {len(stream)}, after verifying the blocks before it.")
 
-        before = _cached(work / "before.json", lambda: _measure(recipe, source_dir, source, [], work, progress, "evaluate_dense", loader=False))
+        before = _cached(work / "before.json", lambda: _measure(recipe, source, [], texts, work, progress, "evaluate_dense", loader=False))
         with progress.phase("prune"):
             pruned = _prune(recipe, stream, target, tokens, state, progress)
         with progress.phase("write"):
             _write(recipe, source, pruned, out)
         result = read_source(out / "checkpoint")
         per_layer = len(set(pruned.widths)) > 1
-        after = _measure(recipe, out / "checkpoint", result, pruned.zeros_after, work, progress, "evaluate", loader=per_layer)
+        after = _measure(recipe, result, pruned.zeros_after, texts, work, progress, "evaluate", loader=per_layer)
         with progress.phase("verify"):
             loads_with = _verify(out, result, work, per_layer)
 
@@ -107,6 +111,8 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit) -> 
         versions=_versions(),
     )
     (out / "checkpoint" / "README.md").write_text(model_card(report), encoding="utf-8")
+    if recipe.output.padded:
+        (out / "padded" / "README.md").write_text(model_card(report, padded=True), encoding="utf-8")
     (out / "report.json").write_text(report.model_dump_json(indent=2), encoding="utf-8")
     shutil.rmtree(work)
     return report
@@ -123,11 +129,11 @@ def weights_sha256(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _calibration_tokens(recipe: Recipe, source: Source) -> tuple[Tensor | None, TextUsed | None]:
+def _calibration_tokens(recipe: Recipe, source: Source, texts: dict[str, Path]) -> tuple[Tensor | None, TextUsed | None]:
     pruner = PRUNERS[recipe.method.name]
     if isinstance(pruner, MaskPruner) and not pruner.calibrates:
         return None, None
-    text = tokenize(source.folder, recipe.calibration.source)
+    text = tokenize(source.folder, recipe.calibration.source, texts)
     tokens = random_windows(text, recipe.calibration)
     return tokens, text.used(tokens.numel())
 
@@ -160,26 +166,26 @@ def _state_fingerprint(recipe: Recipe, weights: str, tokens: Tensor | None) -> s
 
 
 def _measure(
-    recipe: Recipe, folder: Path, source: Source, zeros: list[LinearZeros], work: Path, progress: Progress, phase: str, *, loader: bool
+    recipe: Recipe, source: Source, zeros: list[LinearZeros], texts: dict[str, Path], work: Path, progress: Progress, phase: str, *, loader: bool
 ) -> Measured | None:
     """Perplexity by streamed blocks in this process; speed and memory of plain transformers in a fresh one."""
     evaluation = recipe.evaluation
     if evaluation is None:
         return None
     with progress.phase(phase):
-        text = tokenize(folder, evaluation.source)
+        text = tokenize(source.folder, evaluation.source, texts)
         windows = leading_windows(text, evaluation)
         scratch = _scratch(work / phase)
         value = perplexity(BlockStream(source), windows, scratch, lambda index: progress.step(index + 1, int(source.config["num_hidden_layers"])))
-        trial = run_trial(folder, windows[:1, :CHECKED_TOKENS], loader=loader, speed=True, work=scratch) if evaluation.speed else None
+        trial = run_trial(source.folder, windows[:1, :CHECKED_TOKENS], loader=loader, speed=True, work=scratch) if evaluation.speed else None
         shutil.rmtree(scratch)
     return Measured(
         parameters=count_parameters(source, zeros),
-        checkpoint_bytes=checkpoint_bytes(folder),
+        checkpoint_bytes=checkpoint_bytes(source.folder),
         macs_per_token=macs_per_token(source),
         perplexity=Perplexity(value=value, text=text.used(windows.numel()), windows=len(windows), sequence_length=windows.shape[1], dtype="float32"),
         speed=trial and trial.speed,
-        peak_memory_bytes=trial and trial.peak_memory_bytes,
+        peak_memory_bytes=trial and trial.peak_resident_bytes,
     )
 
 
@@ -333,16 +339,19 @@ def main() -> int:
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, help="where state is kept until the result is whole (default: OUT_DIR/.work)")
+    parser.add_argument("--text", nargs=2, action="append", default=[], metavar=("NAME", "PATH"), help="where the text lies that the recipe calls NAME")
     asked = parser.parse_args()
 
     def emit(event: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(event) + "\n")
         sys.stdout.flush()
 
+    return_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        run(_read_recipe(asked.recipe), asked.source, asked.out, asked.work or asked.out / ".work", emit)
+        texts = {name: Path(path) for name, path in asked.text}
+        run(_read_recipe(asked.recipe), asked.source, asked.out, asked.work or asked.out / ".work", emit, texts)
     except (EspalierError, SafetensorError, TrialError, OSError) as error:
         refusal = _refusal(error)
         if refusal is None:

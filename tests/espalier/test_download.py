@@ -90,7 +90,7 @@ def test_a_later_call_goes_on_where_an_earlier_one_stopped(service: Service, tmp
 
 def test_a_flipped_byte_in_the_store_is_found(service: Service, tmp_path: Path) -> None:
     job_id = service.job_with(FILES)
-    (stored,) = (service.home / "objects").rglob(f"*{job_id}/*/checkpoint/model.safetensors")
+    (stored,) = (service.home / "objects").rglob(f"{job_id}/*/checkpoint/model.safetensors")
     damaged = bytearray(stored.read_bytes())
     damaged[1_234_567] ^= 1
     stored.write_bytes(damaged)

@@ -24,4 +24,6 @@ FROM base AS worker
 RUN --mount=type=cache,target=/root/.cache/pip python -m pip install --constraint constraints.txt --editable '.[worker]' \
     && python -m pip install --no-deps exllamav2==0.3.2
 USER espalier
+HEALTHCHECK --interval=30s --timeout=15s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "from app.queue import depth; from app.settings import get_settings; depth(get_settings())"]
 CMD ["python", "-m", "celery", "-A", "worker.celery", "worker", "-Q", "prune", "-c", "1", "--loglevel", "warning"]

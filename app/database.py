@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from sqlalchemy import JSON, DateTime, Dialect, Engine, MetaData, create_engine, event
 from sqlalchemy.dialects.postgresql import JSONB
@@ -57,7 +57,7 @@ class db_now(ColumnElement[datetime]):  # noqa: N801  reads as a SQL function
     """The database's clock, moved by a number of seconds. All lease arithmetic uses it, so a worker's wrong clock changes nothing."""
 
     type = UtcDateTime()
-    _traverse_internals: ClassVar = [("plus_seconds", InternalTraversal.dp_plain_obj)]  # part of the key under which a statement is compiled once
+    _traverse_internals = [("plus_seconds", InternalTraversal.dp_plain_obj)]  # noqa: RUF012  typed so by SQLAlchemy; part of the key under which a statement is compiled once
 
     def __init__(self, plus_seconds: float = 0) -> None:
         self.plus_seconds = float(plus_seconds)

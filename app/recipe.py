@@ -103,8 +103,10 @@ class CFSP(Strict):
     """Remove FFN channels, coarse to fine, from one forward pass (Wang et al., arXiv 2409.13199)."""
 
     name: Literal["cfsp"] = "cfsp"
-    mode: Literal["paper", "code"] = Field(
-        "paper", description="How a channel is scored: the paper's Eq. 8, or the released code, whose normalisation cancels and leaves the activation norm."
+    mode: Literal["combined", "paper", "code"] = Field(
+        "combined",
+        description="How a channel is scored: by the paper's three terms times its activation norm (`combined`, which measures best), by the paper's Eq. 8, "
+        "or as the released code does, whose normalisation cancels and leaves the activation norm.",
     )
     coarse: Literal["angular", "cosine", "mse", "mae", "uniform"] = Field(
         "angular",

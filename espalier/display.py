@@ -71,4 +71,4 @@ def byte_bars(*, quiet: bool) -> Progress:
 
 def fraction(job: Job) -> float:
     """How far a job is, 0 to 1."""
-    return 1.0 if job["state"] == "succeeded" else float((job["progress"] or {}).get("fraction") or 0.0)
+    return 1.0 if job["state"] == "succeeded" else job["progress"]["fraction"]

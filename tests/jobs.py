@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 import migrations
 from app.database import Database
 from app.jobs.repository import insert_job, request_cancel
-from app.models import Job, JobEvent, OutboxMessage, Tenant
+from app.models import FINISHED, Job, JobEvent, OutboxMessage, Tenant
 from app.recipe import Recipe
 
 TENANT = "tenant_1"
@@ -61,16 +61,23 @@ def outbox(database: Database) -> int:
         return session.execute(select(func.count()).select_from(OutboxMessage)).scalar_one()
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 30, what: str = "the condition") -> float:
+def wait_until(condition: Callable[[], Any], seconds: float = 30, what: str = "the condition", pause: float = 0.05) -> float:
     """Seconds until it held."""
     start = time.monotonic()
     while not condition():
         waited = time.monotonic() - start
         assert waited < seconds, f"{what} did not come within {seconds} s"
-        time.sleep(0.05)
+        time.sleep(pause)
     return time.monotonic() - start
 
 
 def wait_for_state(database: Database, job_id: str, *states: str, seconds: float = 60) -> Job:
-    wait_until(lambda: get(database, job_id).state in states, seconds, f"a state among {states}, instead of {get(database, job_id).state},")
+    """The job, once it is in one of the states; fails as soon as it has ended in another."""
+
+    def there() -> bool:
+        job = get(database, job_id)
+        assert job.state in states or job.state not in FINISHED, f"{job.state}: {job.error}"
+        return job.state in states
+
+    wait_until(there, seconds, " or ".join(states))
     return get(database, job_id)

@@ -42,7 +42,7 @@ def make_worker(settings: Settings, engine: Sequence[str] = ENGINE) -> Celery:
     )
 
     # Acknowledged late, so that a busy worker holds back no other message; a redelivery meets a live lease or a finished job and is a no-op.
-    @celery.task(name=TASK, acks_late=True)  # type: ignore[untyped-decorator, unused-ignore]
+    @celery.task(name=TASK, acks_late=True, shared=False)  # type: ignore[untyped-decorator, unused-ignore]
     def run(job_id: str) -> None:
         if is_draining():
             raise Reject("the worker shuts down", requeue=True)

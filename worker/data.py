@@ -35,7 +35,7 @@ def tokenize(folder: Path, source: str, texts: dict[str, Path]) -> TokenizedText
     text = _read_text(source, texts)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # noqa: BLE001  the tokenizers library raises bare Exceptions
+    except Exception as error:
         raise RecipeError(f"The checkpoint's tokenizer can't be loaded: {error}", code="tokenizer_invalid", hint="Save the tokenizer again.") from error
     ids = tokenizer(text, verbose=False).input_ids
     bos_added = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id

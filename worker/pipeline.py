@@ -70,7 +70,7 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
             device = "cuda" if torch.cuda.is_available() else "cpu"
             stream = BlockStream(source, device)
             tokens, calibration_text = _calibration_tokens(recipe, source, texts)
-            target = _target(recipe, count_parameters(source, []))
+            target = target_of(recipe, count_parameters(source, []))
             progress.plan(_costs(recipe, stream, tokens))
         state = WalkState.open(work, _state_fingerprint(recipe, fingerprint, tokens))
         resumed_at = len(state.blocks) or None
@@ -138,7 +138,7 @@ def _calibration_tokens(recipe: Recipe, source: Source, texts: dict[str, Path]) 
     return tokens, text.used(tokens.numel())
 
 
-def _target(recipe: Recipe, dense: Parameters) -> Target:
+def target_of(recipe: Recipe, dense: Parameters) -> Target:
     if isinstance(recipe.sparsity, Pattern):
         return Target(fraction=1 - recipe.sparsity.n / recipe.sparsity.m, pattern=(recipe.sparsity.n, recipe.sparsity.m))
     facts = METHODS[recipe.method.name][1]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 
@@ -19,7 +22,7 @@ from app.files import parse_range
 from app.main import create_app
 from app.storage import CHUNK_BYTES, open_store
 from tests.app.conftest import Api, make_settings
-from tests.servers import S3
+from tests.servers import S3, free_port
 
 SMALL = bytes(range(256)) * 4
 LARGE = hashlib.shake_256(b"large").digest(2 * CHUNK_BYTES + 4097)
@@ -172,6 +175,37 @@ def test_a_tar_with_many_files_and_long_names_can_be_resumed_anywhere(api: Api, 
         assert api.get(path, headers={"Range": f"bytes={cut}-{cut + 600}"}).content == content[cut : cut + 601]
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         assert {member.name.partition("/")[2] for member in tar.getmembers()} == {name.partition("/")[2] for name in files}
+
+
+def test_a_large_file_streams_in_little_memory(sqlite_template: Path, roots: Path, tmp_path: Path) -> None:
+    """Over a real server, where a HEAD has no body and a reader that is slow holds back the sender."""
+    (tmp_path / "espalier.db").write_bytes(sqlite_template.read_bytes())
+    settings = make_settings(tmp_path, f"sqlite:///{tmp_path}/espalier.db", roots)
+    database = Database(settings.database_url.get_secret_value())
+    with TestClient(create_app(settings)) as client:
+        api = Api(client, database, open_store(settings), settings)
+        job_id = api.succeed(tmp_path, {"checkpoint/model.safetensors": bytes(200 * 1024 * 1024)})
+    database.dispose()
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", "--factory", "app.main:create_app", "--port", str(port)]
+    server = subprocess.Popen(command, cwd=tmp_path, env={"ESPALIER_HOME": str(tmp_path)}, stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {api.key}"}, transport=httpx.HTTPTransport(retries=8)
+        ) as reader:
+            head = reader.head(f"/v1/jobs/{job_id}/checkpoint")
+            before = psutil.Process(server.pid).memory_info().rss
+            most = received = 0
+            with reader.stream("GET", f"/v1/jobs/{job_id}/checkpoint") as answer:
+                for chunk in answer.iter_bytes(4 * 1024 * 1024):
+                    received += len(chunk)
+                    most = max(most, psutil.Process(server.pid).memory_info().rss)
+            assert received == int(head.headers["Content-Length"]) == int(answer.headers["Content-Length"]) > 200 * 1024 * 1024
+            assert most - before < 64 * 1024 * 1024
+            assert reader.get("/livez").status_code == 200
+    finally:
+        server.terminate()
+        server.wait()
 
 
 # ------------------------------------------------------------------------ S3

@@ -216,4 +216,4 @@ def test_the_service_needs_its_extra(espalier: Command, command: str, monkeypatc
     ran = espalier(command)
     assert ran.code == 2
     assert "needs torch" in ran.err
-    assert "espalier[worker]" in ran.err
+    assert "make serve" in ran.err

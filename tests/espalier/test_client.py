@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from app.jobs.lease import Lease
 from espalier.client import ApiError, Client, ClientError, Job, UnreachableError
 from tests.espalier.conftest import MODEL, Service
 from tests.espalier.proxy import proxy
@@ -97,14 +98,15 @@ def test_an_answer_that_is_no_problem_document_is_told(service: Service) -> None
 
 def test_wait_follows_a_job(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = service.submit()
-    steps = iter([lambda: service.start(job_id), lambda: service.fail(leases[0])])
-    leases = []
+    leases: list[Lease] = []
     pauses: list[float] = []
 
     def pause(seconds: float) -> None:
         pauses.append(seconds)
-        if lease := next(steps)():
-            leases.append(lease)
+        if leases:
+            service.fail(leases[0])
+        else:
+            leases.append(service.start(job_id))
 
     monkeypatch.setattr("espalier.client.time.sleep", pause)
     seen: list[Job] = []

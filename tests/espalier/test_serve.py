@@ -45,9 +45,9 @@ def serving(home: Path, **environment: str) -> Iterator[Running]:
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     tree: list[psutil.Process] = []
     try:
-        assert process.stdout is not None
         told = json.loads(process.stdout.readline())
         running = Running(process, told["url"], told["api_key"])
         tree = running.tree()

@@ -93,6 +93,15 @@ def test_the_papers_fine_importance() -> None:
     torch.testing.assert_close(cfsp.fine_importance(DOWN, UP, GATE, NORM, "paper"), expected)
 
 
+def test_the_combined_fine_importance() -> None:
+    root = math.sqrt
+    down = [1 / root(26) + 3 / root(13), 4 / root(26) + 2 / root(13), 3 / root(26)]
+    up = [3 / root(5), 0.6 / root(0.26), 8 / root(32)]
+    gate = [4 / root(8), 4 / root(10), 0.5 / root(0.13)]
+    expected = torch.tensor([(d + u + g) * n for d, u, g, n in zip(down, up, gate, NORM.tolist(), strict=True)])
+    torch.testing.assert_close(cfsp.fine_importance(DOWN, UP, GATE, NORM, "combined"), expected)
+
+
 def test_the_released_codes_fine_importance_is_the_activation_norm() -> None:
     # as released: every term is normalised over its own channel before the mean over the hidden dimension
     wd, wu, wg = DOWN.abs().T * NORM[:, None], UP.abs(), GATE.abs()

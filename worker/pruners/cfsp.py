@@ -69,17 +69,22 @@ def allocate(importance: list[float], fraction: float, config: CFSP) -> list[flo
 # ------------------------------------------------------------ fine: channels
 
 
-def fine_importance(down: Tensor, up: Tensor, gate: Tensor, input_norm: Tensor, mode: Literal["paper", "code"]) -> Tensor:
+def fine_importance(down: Tensor, up: Tensor, gate: Tensor, input_norm: Tensor, mode: Literal["combined", "paper", "code"]) -> Tensor:
     """Importance of each FFN channel: (D, I), (I, D), (I, D), (I,) -> (I,).
 
-    `paper`, after Eq. 8: Σ_j |Wd_ji|·n_i / Σ_k |Wd_jk|·n_k, the channel's part in each output of `down`. The terms of `up` and `gate`, each normalised by
-    the sum over its own channel, are 1 for every channel and left out. `code`: the released default normalises the first term by its own channel too, so
-    what is left is n_i (three equal terms times n_i, up to a constant).
+    `paper`, after Eq. 8: Σ_j |Wd_ji|·n_i / Σ_k |Wd_jk|·n_k, the channel's part in each output of `down`; the terms of `up` and `gate`, each divided by
+    its own channel's sum, are 1 for every channel and left out. `code`, the released default: the first term is divided by its own channel's sum too, so
+    what is left of three equal terms times n_i is n_i. `combined`, ours: all three terms with Euclidean norms, which leave none of them constant, times n_i.
     """
     if mode == "code":
         return input_norm
     part = down.abs() * input_norm  # (D, I)
-    return (part / part.sum(dim=1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny)).sum(dim=0)
+    tiny = torch.finfo(part.dtype).tiny
+    if mode == "paper":
+        return (part / part.sum(dim=1, keepdim=True).clamp_min(tiny)).sum(dim=0)
+    of_down = (part / part.norm(dim=1, keepdim=True).clamp_min(tiny)).sum(dim=0)
+    of_up, of_gate = (weight.abs().sum(dim=1) / weight.norm(dim=1).clamp_min(tiny) for weight in (up, gate))
+    return (of_down + of_up + of_gate) * input_norm
 
 
 def _score(weights: Weights, norms: InputNorms, config: CFSP) -> Tensor:

@@ -3,7 +3,7 @@
 #   docker build --target worker -t espalier-worker .
 FROM python:3.11-slim AS base
 ENV PYTHONUNBUFFERED=1 PIP_ROOT_USER_ACTION=ignore ESPALIER_HOME=/var/lib/espalier
-RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/espalier espalier
+RUN useradd --uid 10001 --create-home --home-dir /var/lib/espalier espalier
 WORKDIR /srv/espalier
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY app app

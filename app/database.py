@@ -77,7 +77,9 @@ def _now_sqlite(element: db_now, compiler: SQLCompiler, **kwargs: Any) -> str:
 def make_engine(url: str) -> Engine:
     """An engine for `sqlite:///path` or `postgresql://…`; a missing SQLite directory is made."""
     if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=5, connect_args={"connect_timeout": 5})
+        return create_engine(
+            url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=5, connect_args={"connect_timeout": 5, "tcp_user_timeout": 15_000}
+        )
     database = make_url(url).database
     if database:
         Path(database).parent.mkdir(parents=True, exist_ok=True)

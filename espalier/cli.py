@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 from rich.progress import TaskID
-from rich.table import Table
+from rich.table import Column, Table
 
 from espalier.client import FINISHED, ApiError, Artifact, Client, ClientError, Event, Job
 from espalier.display import before_after, byte_bars, err, fraction, job_bar, out
@@ -90,7 +90,7 @@ def list_jobs(
     if as_json:
         _print_json(jobs)
         return
-    table = Table("job", "state", "method", "model", "done", "submitted", box=None, pad_edge=False)
+    table = Table(Column("job", no_wrap=True, min_width=36), "state", "method", Column("model", overflow="fold"), "done", "submitted", box=None, pad_edge=False)
     for job in jobs:
         table.add_row(job["id"], _state(job), job["method"], escape(job["model"]), f"{fraction(job):.0%}", job["created_at"][:19].replace("T", " "))
     out.print(table)

@@ -156,7 +156,9 @@ class Client:
         self._authorization = {"Authorization": f"Bearer {key}"} if key else {}
         if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", self.url):
             raise ClientError(f"'{self.url}' is not the address of a service; set ESPALIER_URL, e.g. to {DEFAULT_URL}")
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, headers={"User-Agent": "espalier", "Accept-Encoding": "identity"})
+        here = re.match(r"https?://(localhost|127\.|\[::1\])", self.url) is not None
+        # A proxy from the environment does not lead to this machine.
+        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=not here, headers={"User-Agent": "espalier", "Accept-Encoding": "identity"})
 
     def __enter__(self) -> Self:
         return self

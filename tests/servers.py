@@ -47,7 +47,6 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self, seconds: float = 60) -> None:
-        libc = ctypes.CDLL(None)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -60,7 +59,7 @@ class Server:
                 cwd=self.log.parent,
                 env={**os.environ, **self.environment},
                 start_new_session=True,
-                preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, self.stop_signal),  # noqa: PLW1509  no threads run while servers start
+                preexec_fn=ends_with_parent(self.stop_signal),  # noqa: PLW1509  it makes one system call
             )
         deadline = time.monotonic() + seconds
         while True:
@@ -110,6 +109,12 @@ class S3:
             "ESPALIER_S3_ACCESS_KEY": self.access_key,
             "ESPALIER_S3_SECRET_KEY": self.secret_key,
         }
+
+
+def ends_with_parent(stop_signal: int = signal.SIGKILL) -> Callable[[], object]:
+    """A `preexec_fn` by which a child gets a signal when the tests end, however they end."""
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(PR_SET_PDEATHSIG, stop_signal)
 
 
 def free_port() -> int:

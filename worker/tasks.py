@@ -121,11 +121,11 @@ class Attempt:
 
     def _run_engine(self, space: Workspace, source: Path) -> None:
         recipe = space.folder / "recipe.json"
-        recipe.write_text(_with_paths(self._recipe, self._settings).model_dump_json(), encoding="utf-8")
-        outcome = self._step(
-            space, *self._engine, recipe, source, space.out, "--work", space.state, memory_bytes=self._settings.engine_memory_bytes, secrets=False
-        )
-        if outcome.said and outcome.kind in ("failed", "crashed"):
+        recipe.write_text(self._recipe.model_dump_json(), encoding="utf-8")
+        texts = [part for name, path in _texts(self._recipe, self._settings).items() for part in ("--text", name, path)]
+        command = (*self._engine, recipe, source, space.out, "--work", space.state, *texts)
+        outcome = self._step(space, *command, memory_bytes=self._settings.engine_memory_bytes, secrets=False)
+        if outcome.said and outcome.kind == "crashed":
             self._heart.tell("log", f"The engine's last words:\n{outcome.said}")
         _must_succeed(outcome)
         (space.folder / "engine-finished").touch()
@@ -157,15 +157,13 @@ def _must_succeed(outcome: Outcome) -> None:
         raise Ended(outcome)
 
 
-def _with_paths(recipe: Recipe, settings: Settings) -> Recipe:
-    """The recipe with the texts' absolute paths, which may be read only below the allowed roots."""
-    changed = {}
-    for part in ("calibration", "evaluation"):
-        text = getattr(recipe, part)
-        path = None if text is None else find_text(text.source, settings.text_roots, f"/{part}/source")
-        if path is not None:
-            changed[part] = text.model_copy(update={"source": str(path)})
-    return recipe.model_copy(update=changed)
+def _texts(recipe: Recipe, settings: Settings) -> dict[str, Path]:
+    """Where the texts lie that the recipe names by a path; they may be read only below the allowed roots."""
+    names = {"/calibration/source": recipe.calibration.source}
+    if recipe.evaluation is not None:
+        names["/evaluation/source"] = recipe.evaluation.source
+    found = {name: find_text(name, settings.text_roots, pointer) for pointer, name in names.items()}
+    return {name: path for name, path in found.items() if path is not None}
 
 
 # ------------------------------------------------------------------ how it ends

@@ -41,7 +41,7 @@ def espalier(service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     """Runs the command as the service's tenant."""
     monkeypatch.setenv("ESPALIER_URL", service.url)
     monkeypatch.setenv("ESPALIER_API_KEY", service.key)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
 
     def run(*arguments: str) -> Ran:
         monkeypatch.setattr(sys, "argv", ["espalier", *arguments])

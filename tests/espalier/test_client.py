@@ -83,6 +83,12 @@ def test_an_address_that_is_none_is_told(url: str) -> None:
         Client(url)
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with service.client() as client:
+        assert list(client.jobs()) == []
+
+
 def test_no_answer_is_told_at_once() -> None:
     with proxy(9) as network:
         network.close()

@@ -18,6 +18,7 @@ from app.database import Database
 from app.dispatcher import Dispatcher
 from app.settings import Settings
 from tests import jobs
+from tests.servers import ends_with_parent
 
 SERVICES = ["sqlite and files", "postgres and valkey"]
 
@@ -50,6 +51,7 @@ class Service:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=ends_with_parent(),  # noqa: PLW1509  it makes one system call
             )
         self._workers.append(worker)
         return worker

@@ -1,7 +1,8 @@
 """A stand-in for the engine where a test is about the processes around it: the same command line and the same events, a pause instead of work.
 
 How it behaves is written in `behaviour.json` in the source folder: `steps` and `pause` (seconds each), `at` (the step at which it misbehaves) and one of
-`kill` (a signal that it sends itself), `exit`, `error`, `allocate` (bytes), `deaf` (to SIGTERM), `talk` (lines).
+`kill` (a signal that it sends itself), `exit`, `error`, `allocate` (bytes), `deaf` (to SIGTERM), `talk` (lines);
+`stuck` makes a result that takes for ever to upload.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def main() -> int:
     for name in ("recipe", "source", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--text", nargs=2, action="append")
     asked = parser.parse_args()
     behaviour = json.loads((asked.source / "behaviour.json").read_text())
     if behaviour.get("deaf"):
@@ -65,6 +67,8 @@ def main() -> int:
         say(event="progress", phase="prune", done=step + 1, total=steps, fraction=(step + 1) / steps)
     (asked.out / "checkpoint").mkdir(parents=True, exist_ok=True)
     (asked.out / "checkpoint" / "model.safetensors").write_bytes(b"weights")
+    if behaviour.get("stuck"):
+        os.mkfifo(asked.out / "checkpoint" / "never-written")
     (asked.out / "report.json").write_text(json.dumps({"steps": steps}))
     return 0
 

@@ -36,7 +36,7 @@ def check_single_result(service: Service, job: Job) -> None:
 
 @both_services
 def test_the_whole_worker_is_killed_and_another_goes_on(service: Service) -> None:
-    job_id = service.submit(model=service.model(steps=20, pause=0.3))
+    job_id = service.submit(model=service.model(steps=20, pause=0.15))
     worker = service.start_worker()
     wait_for_progress(service, job_id, 0.3)
     service.kill_tree(worker)
@@ -71,7 +71,7 @@ def test_the_whole_worker_is_killed_in_the_middle_of_pruning(service: Service) -
     job = jobs.wait_for_state(service.database, job_id, "succeeded", seconds=90)
     assert job.attempt == 2
     assert job.report is not None
-    assert job.report["resumed_at_block"] == blocks
+    assert job.report["resumed_at_block"] == blocks, jobs.messages(service.database, job_id)
     check_single_result(service, job)
 
 
@@ -105,6 +105,21 @@ def test_three_copies_of_each_message_make_one_attempt(service: Service) -> None
     for job_id in ids:
         assert jobs.get(service.database, job_id).attempt == 1
         assert jobs.events(service.database, job_id).count("claimed") == 1
+
+
+@embedded
+def test_the_process_with_the_lease_is_killed_and_its_worker_goes_on(service: Service) -> None:
+    job_id = service.submit(model=service.model(steps=20, pause=0.2))
+    worker = service.start_worker()
+    wait_for_progress(service, job_id, 0.2)
+    [engine] = service.engines(worker)
+    supervisor = engine.parent()
+    assert supervisor is not None
+    supervisor.kill()
+    jobs.wait_until(lambda: not engine.is_running(), 5, "the end of the engine")
+    job = jobs.wait_for_state(service.database, job_id, "succeeded")
+    assert job.attempt == 2
+    check_single_result(service, job)
 
 
 @embedded
@@ -147,6 +162,16 @@ def test_cancel_of_a_running_job_ends_its_engine(service: Service) -> None:
     jobs.wait_for_state(service.database, job_id, "cancelled", seconds=10)
     jobs.wait_until(lambda: not service.work_directories(), 10, "the clean-up")
     assert service.stored() == set()
+
+
+@embedded
+def test_cancel_of_an_upload_leaves_nothing_behind(service: Service) -> None:
+    job_id = service.submit(model=service.model(stuck=True))
+    service.start_worker()
+    jobs.wait_until(lambda: jobs.get(service.database, job_id).phase == "upload" and service.stored(), 60, "the upload")
+    jobs.cancel(service.database, job_id)
+    jobs.wait_for_state(service.database, job_id, "cancelled", seconds=10)
+    jobs.wait_until(lambda: not service.work_directories() and not service.stored(), 10, "the clean-up")
 
 
 @embedded
@@ -200,7 +225,7 @@ def test_a_worker_that_slept_past_its_lease_writes_nothing_more(service: Service
 
 @both_services
 def test_sigterm_hands_the_job_over_without_counting_the_attempt(service: Service) -> None:
-    job_id = service.submit(model=service.model(steps=20, pause=0.3), limits={"max_attempts": 1})
+    job_id = service.submit(model=service.model(steps=20, pause=0.15), limits={"max_attempts": 1})
     worker = service.start_worker()
     wait_for_progress(service, job_id, 0.2)
     worker.terminate()
@@ -250,3 +275,17 @@ def test_an_engine_that_takes_too_much_memory_fails(service: Service) -> None:
     assert job.error is not None
     assert job.error["code"] == "out_of_memory"
     assert job.attempt == 1
+
+
+@embedded
+@pytest.mark.parametrize("file", ["recipe.json", "manifest.json"], ids=["before the engine", "while storing"])
+def test_a_full_disk_fails_the_job_and_is_freed(service: Service, file: str) -> None:
+    job_id = service.submit(model=service.model())
+    folder = service.settings.work_dir / job_id
+    folder.mkdir(parents=True)
+    (folder / file).symlink_to("/dev/full")
+    service.start_worker()
+    job = jobs.wait_for_state(service.database, job_id, "failed")
+    assert job.error is not None
+    assert job.error["code"] == "disk_full"
+    jobs.wait_until(lambda: not service.work_directories() and not service.stored(), 10, "the clean-up")

@@ -222,7 +222,7 @@ def _generate(model: Path, workplace: Path) -> dict[str, Any]:
 def _judge(report: dict[str, Any], generated: dict[str, Any], steps: Steps) -> None:
     dense, pruned = generated["dense"], generated["pruned"]
     steps.check("loads", not pruned["loader_imported"], f"in a fresh process with plain transformers, as {pruned['class']}")
-    steps.check("generates", bool(pruned["text"].strip()), f"{PROMPT}{pruned['text']}")
+    steps.check("generates", bool(pruned["text"].strip()), _one_line(pruned))
     counted, told = pruned["parameters"], report["parameters_after"]["all"]
     steps.check("parameters", counted == told < dense["parameters"], f"{dense['parameters']:,} before, {counted:,} after; the report says {told:,}")
     achieved = report["sparsity"]["ffn"]
@@ -239,7 +239,11 @@ def _print(report: dict[str, Any], generated: dict[str, Any]) -> None:
     console.print(phases)
     console.print(f"peak memory of the engine: {report['peak_memory_bytes']:,} bytes")
     for name, told in generated.items():
-        console.print(f"{name}: {escape(PROMPT + told['text'])}", soft_wrap=True)
+        console.print(f"{name}: {escape(_one_line(told))}", soft_wrap=True)
+
+
+def _one_line(generated: dict[str, Any]) -> str:
+    return " ".join((PROMPT + generated["text"]).split())
 
 
 def _run(command: list[str], what: str, cwd: Path | None = None) -> str:

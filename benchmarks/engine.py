@@ -33,7 +33,6 @@ from worker.blocks import BlockStream
 from worker.checkpoint import finish
 from worker.data import leading_windows, random_windows, tokenize
 from worker.evaluation import count_parameters, perplexity, run_blocks
-from worker.memory import return_freed_memory
 from worker.pipeline import target_of
 from worker.pruners import PRUNERS
 from worker.pruning import Pruned, Pruning, prune
@@ -67,21 +66,24 @@ def main() -> None:
     if not (asked.data / "wiki.test.raw").is_file():
         parser.error(f"{asked.data} has no wiki.test.raw; name the folder of WikiText-2 raw with --data")
 
-    return_freed_memory()
     model = converted_model(REPOSITORY / "var" / "cache")
     parts: dict[str, Callable[[], Any]] = {
         "time": lambda: time_ratios(model, asked.data),
         "memory": lambda: memory(model, asked.data),
-        "quality": lambda: quality(model, asked.data, asked.seeds),
+        "quality": lambda: quality(model, asked.data, asked.seeds, lambda rows: keep("quality", rows)),
     }
     stored = HERE / "engine.json"
     results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
+
+    def keep(name: str, result: Any) -> None:
+        results[name] = result
+        results["machine"] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+        stored.write_text(json.dumps(results, indent=2) + "\n")
+        (HERE / "README.md").write_text(render(results))
+
     for name, measure in parts.items():
         if asked.only in (None, name):
-            results[name] = measure()
-            results["machine"] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
-            stored.write_text(json.dumps(results, indent=2) + "\n")
-    (HERE / "README.md").write_text(render(results))
+            keep(name, measure())
     print(render(results))
 
 
@@ -117,7 +119,7 @@ def prune_into(work: Path, stream: BlockStream, recipe: Recipe, tokens: Tensor) 
 # ------------------------------------------------------------------------- quality
 
 
-def quality(model: Path, data: Path, seeds: int) -> dict[str, Any]:
+def quality(model: Path, data: Path, seeds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Perplexity over the first 24 windows of 512 tokens of the test text, for several draws of 8 × 512 calibration tokens."""
     source = read_source(model)
     stream = BlockStream(source)
@@ -131,18 +133,16 @@ def quality(model: Path, data: Path, seeds: int) -> dict[str, Any]:
         print(f"dense {dense:.2f}", flush=True)
         for name, method, sparsity, more, authors in CONTENDERS:
             values = []
-            for seed in range(seeds if PRUNERS[_method_name(method)] is not PRUNERS["magnitude"] else 1):
+            compared_by_draws = authors is not None and method != "magnitude"
+            for seed in range(seeds if compared_by_draws else 1):
                 recipe = recipe_of(method, sparsity, data, seed, **more)
                 pruned = prune_into(Path(scratch, "work"), stream, recipe, random_windows(valid, recipe.calibration))
                 finish(pruned.folder, source, pruned.widths, recipe.output.layout, "source")
                 values.append(perplexity(BlockStream(read_source(pruned.folder)), windows, Path(scratch)))
             rows.append({"name": name, "perplexity": values, "authors": authors})
             print(name, [round(value, 2) for value in values], flush=True)
+            keep({"dense": dense, "rows": rows})
     return {"dense": dense, "rows": rows}
-
-
-def _method_name(method: Any) -> str:
-    return str(method if isinstance(method, str) else method["name"])
 
 
 # ---------------------------------------------------------------------------- time

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from app.exceptions import RecipeError
 from app.source import Source
 from worker.architecture import ARCHITECTURES, Architecture
+from worker.memory import return_freed_memory
 
-TOKENS_AT_ONCE = 2048  # activations of about this many tokens are alive in one forward
+TOKENS_AT_ONCE = 1024  # activations of about this many tokens are alive in one forward
 
 
 class BlockStream:
@@ -82,6 +83,7 @@ class BlockStream:
     def drop(self, index: int) -> None:
         """Free the weights of a materialised block."""
         self._model.layers[index].to("meta")
+        return_freed_memory()
 
     # --------------------------------------------------------- computation
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from app.exceptions import RecipeError
 from app.recipe import BUNDLED_TEXTS, Calibration, Evaluation
 from app.report import TextUsed
+from worker.memory import return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def tokenize(folder: Path, source: str, texts: dict[str, Path]) -> TokenizedText
     except Exception as error:
         raise RecipeError(f"The checkpoint's tokenizer can't be loaded: {error}", code="tokenizer_invalid", hint="Save the tokenizer again.") from error
     ids = tokenizer(text, verbose=False).input_ids
+    return_freed_memory()
     bos_added = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
     return TokenizedText(source, hashlib.sha256(text.encode()).hexdigest(), torch.tensor(ids, dtype=torch.int64), bos_added)
 

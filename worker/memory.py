@@ -11,16 +11,13 @@ from typing import Self
 import psutil
 
 SAMPLE_SECONDS = 0.02
-RETURNED_AT_ONCE = 4_000_000  # bytes; larger allocations are given back to the system when freed
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt
 
 
 def return_freed_memory() -> None:
-    """Make glibc give freed tensors back at once: it otherwise keeps activations of a few megabytes in its heap, where they pile up to several times their size."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent outside glibc, where nothing needs doing
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, RETURNED_AT_ONCE)
-        mallopt(M_TRIM_THRESHOLD, RETURNED_AT_ONCE)
+    """Give freed memory back to the system: glibc otherwise keeps freed activations in its heap, where they pile up to several times what is alive."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent outside glibc, where nothing needs doing
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def anonymous_bytes() -> int:

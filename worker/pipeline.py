@@ -41,7 +41,7 @@ from worker.blocks import BlockStream
 from worker.checkpoint import checkpoint_bytes, finish, model_card, write_padded
 from worker.data import leading_windows, random_windows, tokenize
 from worker.evaluation import LinearZeros, count_parameters, logits, macs_per_token, method_fraction, perplexity, sparsities
-from worker.memory import PeakMemory, return_freed_memory
+from worker.memory import PeakMemory
 from worker.pruners import PRUNERS
 from worker.pruners.base import MaskPruner, Target
 from worker.pruning import Pruned, Pruning, prune
@@ -346,7 +346,6 @@ def main() -> int:
         sys.stdout.write(json.dumps(event) + "\n")
         sys.stdout.flush()
 
-    return_freed_memory()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

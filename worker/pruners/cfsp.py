@@ -84,7 +84,8 @@ def fine_importance(down: Tensor, up: Tensor, gate: Tensor, input_norm: Tensor, 
         return (part / part.sum(dim=1, keepdim=True).clamp_min(tiny)).sum(dim=0)
     of_down = (part / part.norm(dim=1, keepdim=True).clamp_min(tiny)).sum(dim=0)
     of_up, of_gate = (weight.abs().sum(dim=1) / weight.norm(dim=1).clamp_min(tiny) for weight in (up, gate))
-    return (of_down + of_up + of_gate) * input_norm
+    importance: Tensor = (of_down + of_up + of_gate) * input_norm
+    return importance
 
 
 def _score(weights: Weights, norms: InputNorms, config: CFSP) -> Tensor:

@@ -5,8 +5,8 @@ The children read the same environment. They die with this process, whatever end
 
 from __future__ import annotations
 
-import ctypes
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -19,6 +19,7 @@ import httpx
 
 from app.auth import create_key, has_keys
 from app.database import Database
+from app.processes import dies_with
 from app.settings import Settings
 from migrations import migrate
 
@@ -28,9 +29,6 @@ WORKER = ("celery", "--quiet", "-A", "worker.celery", "worker", "-Q", "prune", "
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0
 MAX_PAUSE_SECONDS = 30.0
-PR_SET_PDEATHSIG = 1
-
-libc = ctypes.CDLL(None)
 
 
 @dataclass
@@ -96,13 +94,8 @@ def _spawn(arguments: tuple[str, ...], descriptors: tuple[int, ...]) -> subproce
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,  # stdout is for the address and the key
         process_group=0,  # Ctrl-C in a terminal reaches this process alone, which then ends its children in order
-        preexec_fn=_die_with_parent,  # noqa: PLW1509  this process has one thread
+        preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509  this process has one thread
     )
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _ready(url: str, api: Child, signals: SimpleQueue[int]) -> bool:

@@ -5,7 +5,6 @@ Takes SmolLM2-135M-Instruct from a wheel, starts the service, submits a job over
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
@@ -23,6 +22,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from app.processes import dies_with
 from espalier.client import Artifact, Client, ClientError, Downloaded
 from espalier.display import before_after, comparison, job_bar
 from espalier.display import out as console
@@ -32,7 +32,6 @@ METHOD, SPARSITY = "cfsp", 0.2
 PROMPT = "The capital of France is"
 CUT_AFTER_BYTES = 32 << 20  # where the demo interrupts its own download
 STOP_SECONDS = 30
-PR_SET_PDEATHSIG = 1
 
 # Run with `python -I -c`, in a folder that holds nothing of this project.
 GENERATE = """
@@ -164,7 +163,7 @@ def _service(home: Path, model_root: Path) -> Iterator[tuple[str, str]]:
             stderr=stderr,
             env=environment,
             cwd=home,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509  no other thread runs yet
+            preexec_fn=dies_with(os.getpid(), signal.SIGTERM),  # noqa: PLW1509  no other thread runs yet
         )
     assert process.stdout is not None
     try:
@@ -181,11 +180,6 @@ def _service(home: Path, model_root: Path) -> Iterator[tuple[str, str]]:
             process.kill()  # its children are tied to it
             process.wait()
         process.stdout.close()
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _download(client: Client, job_id: str, target: Path, steps: Steps) -> list[Downloaded]:

@@ -6,7 +6,6 @@ Fault tests that stop and start a server of their own use the context managers `
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import random
@@ -29,7 +28,8 @@ import pytest
 import redis
 from sqlalchemy import make_url
 
-PR_SET_PDEATHSIG = 1
+from app.processes import dies_with
+
 NOBODY = 65534
 _numbers = itertools.count(1)
 
@@ -41,7 +41,7 @@ class Server:
     command: list[str]
     log: Path
     ready: Callable[[], object]  # raises until the server answers
-    stop_signal: int = signal.SIGTERM
+    stop_signal: signal.Signals = signal.SIGTERM
     user: int | None = None  # uid to run as
     environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
@@ -59,7 +59,7 @@ class Server:
                 cwd=self.log.parent,
                 env={**os.environ, **self.environment},
                 start_new_session=True,
-                preexec_fn=ends_with_parent(self.stop_signal),  # noqa: PLW1509  it makes one system call
+                preexec_fn=dies_with(os.getpid(), self.stop_signal),  # noqa: PLW1509  it makes one system call
             )
         deadline = time.monotonic() + seconds
         while True:
@@ -109,12 +109,6 @@ class S3:
             "ESPALIER_S3_ACCESS_KEY": self.access_key,
             "ESPALIER_S3_SECRET_KEY": self.secret_key,
         }
-
-
-def ends_with_parent(stop_signal: int = signal.SIGKILL) -> Callable[[], object]:
-    """A `preexec_fn` by which a child gets a signal when the tests end, however they end."""
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(PR_SET_PDEATHSIG, stop_signal)
 
 
 def free_port() -> int:

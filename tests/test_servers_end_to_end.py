@@ -20,9 +20,10 @@ from obstore.store import S3Store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.auth import create_key
+from app.processes import dies_with
 from tests import jobs
 from tests.models import make_checkpoint, make_text
-from tests.servers import S3, ends_with_parent, free_port
+from tests.servers import S3, free_port
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def client(tmp_path: Path, postgres_database: str, redis_database: str, s3: S3) 
     ]
     with (tmp_path / "log").open("wb") as log:
         processes = [
-            subprocess.Popen([sys.executable, "-m", *command], env=environment, stdout=log, stderr=log, preexec_fn=ends_with_parent())  # noqa: PLW1509
+            subprocess.Popen([sys.executable, "-m", *command], env=environment, stdout=log, stderr=log, preexec_fn=dies_with(os.getpid()))  # noqa: PLW1509
             for command in commands
         ]
         try:

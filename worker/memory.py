@@ -20,15 +20,29 @@ def return_freed_memory() -> None:
         malloc_trim(0)
 
 
-def anonymous_bytes() -> int:
-    """Resident anonymous memory now; where the kernel doesn't tell it apart, all resident memory."""
+def anonymous_bytes(pid: int | None = None) -> int:
+    """Memory of a process, of this one by default, that no file backs; where the kernel doesn't tell it apart, all resident memory. 0 once it has ended."""
+    sizes = _status_bytes(pid)
+    if "RssAnon" in sizes:
+        return sizes["RssAnon"] + sizes["RssShmem"]
     try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident memory of this process since it started, mapped files included; 0 where the kernel doesn't tell."""
+    return _status_bytes(None).get("VmHWM", 0)
+
+
+def _status_bytes(pid: int | None) -> dict[str, int]:
+    """The sizes in /proc/PID/status."""
+    try:
+        lines = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        pass
-    return int(psutil.Process().memory_info().rss)
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
 
 
 class PeakMemory:

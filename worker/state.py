@@ -36,9 +36,10 @@ class WalkState:
         state = cls(work, fingerprint)
         if state.path.is_file():
             state.refused = state._load()
-        if not state.blocks:
+        if state.refused or not state.path.is_file():
             for entry in work.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            state._save()
         return state
 
     def _load(self) -> str | None:
@@ -61,6 +62,9 @@ class WalkState:
     def finish_block(self, files: dict[str, str], facts: dict[str, Any], next_input: tuple[str, str] | None) -> None:
         """Record a block whose files are on disk; `next_input` is (path, sha256) of the next block's input."""
         self.blocks.append({"files": files, "facts": facts, "next_input": next_input})
+        self._save()
+
+    def _save(self) -> None:
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as stream:
             json.dump({"fingerprint": self.fingerprint, "blocks": self.blocks}, stream)

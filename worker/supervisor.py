@@ -6,29 +6,27 @@ and it dies with this process.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import selectors
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
+from app.processes import dies_with
 from worker.heartbeat import Heartbeat, Interruption
+from worker.memory import anonymous_bytes
 
 POLL_SECONDS = 0.25
 CHUNK_BYTES = 65536
 LONGEST_LINE = 1_000_000  # bytes
 TAIL_BYTES = 4000  # of stderr that are kept
 PROGRESS_STEP = 0.05  # of the whole job, between two progress events
-PR_SET_PDEATHSIG = 1
 
 Kind = Literal["succeeded", "failed", "crashed"] | Interruption
 
@@ -65,7 +63,7 @@ def supervise(
         process_group=0,
         pass_fds=keep_open,
         env=environment,
-        preexec_fn=_dies_with(os.getpid()),  # noqa: PLW1509  it makes one system call
+        preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509  it makes one system call
     )
     assert child.stdout is not None
     assert child.stderr is not None
@@ -177,7 +175,7 @@ def _reason_to_end(child: subprocess.Popen[bytes], heart: Heartbeat, deadline: f
             "hint": "Raise limits.max_runtime, or ask for less.",
         }
         return Outcome("failed", error)
-    if memory_bytes and anonymous_bytes(child.pid) > memory_bytes:
+    if memory_bytes and anonymous_bytes_of_family(child.pid) > memory_bytes:
         gigabytes = f"{memory_bytes / 1e9:.2f} GB"
         hint = "Use fewer or shorter calibration samples, a smaller model, or a larger worker."
         return Outcome("failed", {"code": "out_of_memory", "message": f"The engine needed more than the {gigabytes} that this worker allows.", "hint": hint})
@@ -218,36 +216,11 @@ def _kill_group(child: subprocess.Popen[bytes]) -> None:
     os.killpg(child.pid, signal.SIGKILL)
 
 
-def _dies_with(parent: int) -> Callable[[], None] | None:
-    """What a new child does so that it is killed when the process (more exactly, the thread) that started it ends."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def tie() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the system call
-            os._exit(1)
-
-    return tie
-
-
-def anonymous_bytes(pid: int) -> int:
+def anonymous_bytes_of_family(pid: int) -> int:
     """Memory that a process and its descendants hold and that no file backs."""
     try:
         process = psutil.Process(pid)
         family = [process, *process.children(recursive=True)]
     except psutil.Error:
         return 0
-    return sum(_anonymous_bytes(member) for member in family)
-
-
-def _anonymous_bytes(process: psutil.Process) -> int:
-    try:
-        if sys.platform != "linux":
-            return int(process.memory_info().rss)
-        status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii", errors="replace")
-    except (OSError, psutil.Error):  # it has just ended
-        return 0
-    sizes = (line.split()[1] for line in status.splitlines() if line.startswith(("RssAnon:", "RssShmem:")))
-    return 1024 * sum(int(size) for size in sizes)
+    return sum(anonymous_bytes(member.pid) for member in family)

@@ -8,11 +8,9 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -27,15 +25,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from app.processes import dies_with
 from app.report import Speed
-from worker.memory import PeakMemory
+from worker.memory import PeakMemory, peak_resident_bytes
 
 PREFILL_TOKENS = 512
 DECODE_TOKENS = 64
 WARM_UP_TOKENS = 8
 REPETITIONS = 3
 STDERR_TAIL = 4000  # characters
-PR_SET_PDEATHSIG = 1
 
 
 class TrialError(RuntimeError):
@@ -99,7 +97,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     asked = parser.parse_args(arguments)
 
-    _end_with_parent()
+    dies_with(os.getppid())()
     asked.out.mkdir(parents=True, exist_ok=True)
     tokens = load_file(asked.tokens)["tokens"]
     with PeakMemory() as memory:
@@ -112,7 +110,7 @@ def main(arguments: list[str]) -> None:
         "device": _device_name(model.device),
         "threads": torch.get_num_threads(),
         "peak_memory_bytes": memory.bytes,
-        "peak_resident_bytes": _peak_resident_bytes(),
+        "peak_resident_bytes": peak_resident_bytes(),
         "speed": speed and speed.model_dump(),
     }
     (asked.out / "trial.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -186,21 +184,6 @@ def _device_name(device: torch.device) -> str:
 def _loader_name(loader: bool) -> str:
     transformers = f"transformers {importlib.import_module('transformers').__version__}"
     return f"{transformers} + espalier.loader" if loader else transformers
-
-
-def _peak_resident_bytes() -> int:
-    """Of this program; getrusage's ru_maxrss would also tell that of the process which started it."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
-
-
-def _end_with_parent() -> None:
-    """Let the kernel end this process when the thread that started it dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

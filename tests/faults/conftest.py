@@ -16,9 +16,9 @@ import pytest
 
 from app.database import Database
 from app.dispatcher import Dispatcher
+from app.processes import dies_with
 from app.settings import Settings
 from tests import jobs
-from tests.servers import ends_with_parent
 
 SERVICES = ["sqlite and files", "postgres and valkey"]
 
@@ -51,7 +51,7 @@ class Service:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=ends_with_parent(),  # noqa: PLW1509  it makes one system call
+                preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509  it makes one system call
             )
         self._workers.append(worker)
         return worker

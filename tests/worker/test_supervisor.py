@@ -23,7 +23,7 @@ from app.jobs.lease import Lease, claim
 from app.models import Job
 from tests import jobs
 from worker.heartbeat import MAX_EVENTS, Heartbeat
-from worker.supervisor import Outcome, anonymous_bytes, supervise
+from worker.supervisor import Outcome, anonymous_bytes_of_family, supervise
 
 LEASE_SECONDS = 6.0
 
@@ -247,5 +247,5 @@ def test_a_command_that_can_not_be_started_is_an_error(heart: Heartbeat) -> None
 def test_memory_of_a_process_that_is_gone_is_nothing() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    assert anonymous_bytes(process.pid) == 0
-    assert anonymous_bytes(os.getpid()) > 1_000_000
+    assert anonymous_bytes_of_family(process.pid) == 0
+    assert anonymous_bytes_of_family(os.getpid()) > 1_000_000

@@ -305,7 +305,7 @@ def test_methods(api: Api) -> None:
     methods = {method["name"]: method for method in api.get("/v1/methods").json()["items"]}
     assert set(methods) == {"magnitude", "wanda", "cfsp"}
     assert methods["cfsp"]["denominator"] == "ffn"
-    assert methods["cfsp"]["parameters"]["properties"]["mode"]["enum"] == ["paper", "code"]
+    assert methods["cfsp"]["parameters"]["properties"]["mode"]["enum"] == ["combined", "paper", "code"]
     assert methods["wanda"]["patterns"] is True
     assert "llama" in methods["magnitude"]["model_types"]
     assert all(method["summary"].endswith(".") or method["summary"].endswith(").") for method in methods.values())

@@ -78,4 +78,4 @@ def test_a_recipe_has_one_schema_for_in_and_out(schema: Schema) -> None:
     assert schemas["Submission"]["required"] == ["model", "method", "sparsity"]
     assert schemas["Submission"]["additionalProperties"] is False
     assert schemas["Job"]["properties"]["recipe"]["$ref"] == "#/components/schemas/Recipe"
-    assert set(schemas["CFSP"]["properties"]["mode"]["enum"]) == {"paper", "code"}
+    assert set(schemas["CFSP"]["properties"]["mode"]["enum"]) == {"combined", "paper", "code"}

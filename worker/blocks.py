@@ -116,7 +116,7 @@ class BlockStream:
         return noted
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, D) last hidden states -> (…, V) logits."""
+        """(…, D) last hidden states, on any device -> (…, V) logits."""
         if self._norm is None:
             outer = self.outer_tensors()
             stored = outer.get(self.architecture.head, outer[self.architecture.embedding])
@@ -124,7 +124,7 @@ class BlockStream:
             norm.weight = nn.Parameter(outer[self.architecture.final_norm].float(), requires_grad=False)
             self._norm, self._head = norm, stored
         assert self._head is not None
-        return nn.functional.linear(self._norm(hidden), self._head.float())
+        return nn.functional.linear(self._norm(hidden.to(self.device)), self._head.float())
 
 
 def batches(rows: Tensor) -> Iterator[Tensor]:

@@ -92,9 +92,14 @@ def measuring(block: nn.Module, linears: tuple[str, ...], stop: str | None = Non
 
 @torch.no_grad()
 def forward(block: nn.Module, arguments: dict[str, Any], source: Tensor, target: Tensor | None, distance: Distance | None = None) -> float:
-    """Run a block over (B, T, D) inputs, writing outputs to `target` where one is given; returns the mean distance of output from input."""
+    """Run a block over (B, T, D) inputs, writing outputs to `target` where one is given; returns the mean distance of output from input.
+
+    Inputs and outputs lie on the CPU, whatever device the block is on.
+    """
+    device = next(block.parameters()).device
     total, start = 0.0, 0
-    for rows in batches(source):
+    for stored in batches(source):
+        rows = stored.to(device)
         try:
             output = block(rows, **arguments)
         except _NothingMoreToMeasure:

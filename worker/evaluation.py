@@ -110,7 +110,7 @@ def perplexity(stream: BlockStream, windows: Tensor, work: Path, done: Callable[
     total = 0.0
     for states, window in zip(hidden, windows, strict=True):  # (T, D), (T,)
         for part, targets in zip(states[:-1].split(TOKENS_PER_HEAD), window[1:].split(TOKENS_PER_HEAD), strict=True):
-            total += float(cross_entropy(stream.logits(part), targets.to(part.device), reduction="sum"))
+            total += float(cross_entropy(stream.logits(part), targets.to(stream.device), reduction="sum"))
     return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
 
 

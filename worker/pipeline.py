@@ -67,8 +67,7 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
             source = read_source(source_dir)
             check_recipe(recipe, source)
             fingerprint = weights_sha256(source)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            stream = BlockStream(source, device)
+            stream = _open(source)
             tokens, calibration_text = _calibration_tokens(recipe, source, texts)
             target = target_of(recipe, count_parameters(source, []))
             progress.plan(_costs(recipe, stream, tokens))
@@ -119,6 +118,10 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
 
 
 # -------------------------------------------------------------------- the steps
+
+
+def _open(source: Source) -> BlockStream:
+    return BlockStream(source, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def weights_sha256(source: Source) -> str:
@@ -176,7 +179,7 @@ def _measure(
         text = tokenize(source.folder, evaluation.source, texts)
         windows = leading_windows(text, evaluation)
         scratch = _scratch(work / phase)
-        value = perplexity(BlockStream(source), windows, scratch, lambda index: progress.step(index + 1, int(source.config["num_hidden_layers"])))
+        value = perplexity(_open(source), windows, scratch, lambda index: progress.step(index + 1, int(source.config["num_hidden_layers"])))
         trial = run_trial(source.folder, windows[:1, :CHECKED_TOKENS], loader=loader, speed=True, work=scratch) if evaluation.speed else None
         shutil.rmtree(scratch)
     return Measured(
@@ -229,7 +232,7 @@ def _verify(out: Path, result: Source, work: Path, per_layer: bool) -> list[Load
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, int(result.config["vocab_size"]), (1, CHECKED_TOKENS), generator=generator)
     scratch = _scratch(work / "verify")
-    own = logits(BlockStream(result), tokens, scratch)
+    own = logits(_open(result), tokens, scratch)
     attempts: list[tuple[Layout, str, bool]] = [("per_layer" if per_layer else "uniform", "checkpoint", per_layer)]
     if (out / "padded").is_dir():
         attempts.append(("padded", "padded", False))

@@ -140,7 +140,8 @@ def _slice_blocks(run: Pruning, pruner: ChannelPruner) -> None:
     for index, width in enumerate(widths):
         tensors = _read_block(run, index)
         scores = load_file(run.state.work / f"scores.{index}.safetensors")["scores"]
-        pruned = slice_channels(tensors, architecture.block_prefix(index), architecture, keep_largest(scores, width))
+        keep = keep_largest(scores, width).to(stream.device)
+        pruned = slice_channels(tensors, architecture.block_prefix(index), architecture, keep)
         _write_block(run, index, pruned)
         run.state.blocks[index]["facts"].update(_facts(run, index, tensors, pruned, importance[index]))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from worker.architecture import Architecture
@@ -41,10 +40,3 @@ def slice_channels(tensors: dict[str, Tensor], prefix: str, architecture: Archit
     down = f"{prefix}{architecture.down}.weight"
     sliced[down] = sliced[down].index_select(1, kept)
     return sliced
-
-
-def keep_mask(kept: Tensor, width: int) -> Tensor:
-    """(width,) mask that is True at the given indices."""
-    mask = torch.zeros(width, dtype=torch.bool)
-    mask[kept] = True
-    return mask

@@ -43,7 +43,7 @@ def mae(before: Tensor, after: Tensor) -> Tensor:
 
 def uniform(before: Tensor, after: Tensor) -> Tensor:
     """The same for every block."""
-    return torch.ones(before.shape[:-1])
+    return before.new_ones(before.shape[:-1])
 
 
 DISTANCES: dict[str, Distance] = {"angular": angular, "cosine": cosine, "mse": mse, "mae": mae, "uniform": uniform}

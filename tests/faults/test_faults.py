@@ -206,7 +206,7 @@ def test_a_worker_that_slept_past_its_lease_writes_nothing_more(service: Service
         stop(process)
     service.start_worker()
     jobs.wait_until(lambda: jobs.get(service.database, job_id).attempt == 2, 20, "the second attempt")
-    assert len(service.work_directories()) == 2  # the sleeper still has the first one
+    jobs.wait_until(lambda: len(service.work_directories()) == 2, 10, "a directory beside the one that the sleeper still has")
     wait_for_progress(service, job_id, 0.1)
     for process in reversed(asleep):
         process.resume()

@@ -73,9 +73,9 @@ def main() -> None:
         "quality": lambda: quality(model, asked.data, asked.seeds, lambda rows: keep("quality", rows)),
     }
     stored = HERE / "engine.json"
-    results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
 
     def keep(name: str, result: Any) -> None:
+        results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
         results[name] = result
         results["machine"] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
         stored.write_text(json.dumps(results, indent=2) + "\n")
@@ -84,7 +84,7 @@ def main() -> None:
     for name, measure in parts.items():
         if asked.only in (None, name):
             keep(name, measure())
-    print(render(results))
+    print((HERE / "README.md").read_text())
 
 
 def recipe_of(method: Any, sparsity: Any, data: Path, seed: int = 0, **more: Any) -> Recipe:
@@ -148,7 +148,7 @@ def quality(model: Path, data: Path, seeds: int, keep: Callable[[dict[str, Any]]
 # ---------------------------------------------------------------------------- time
 
 
-def time_ratios(model: Path, data: Path, repetitions: int = 5) -> list[dict[str, Any]]:
+def time_ratios(model: Path, data: Path, repetitions: int = 3) -> list[dict[str, Any]]:
     """Seconds of the pruning phase over seconds of one bare forward of the blocks on the same tokens, taken in turns."""
     stream = BlockStream(read_source(model))
     tokens = random_windows(tokenize(model, str(data / "wiki.valid.raw"), {}), recipe_of("cfsp", 0.2, data).calibration)

@@ -138,7 +138,7 @@ def _slice_blocks(run: Pruning, pruner: ChannelPruner) -> None:
     importance = [float(block["facts"]["importance"]) for block in run.state.blocks]
     widths = channel_widths(importance, int(stream.config.intermediate_size), run.target.fraction, run.layout, run.config, pruner)
     for index, width in enumerate(widths):
-        tensors = _read_block(run, index)
+        tensors = stream.block_tensors(index)
         scores = load_file(run.state.work / f"scores.{index}.safetensors")["scores"]
         keep = keep_largest(scores, width).to(stream.device)
         pruned = slice_channels(tensors, architecture.block_prefix(index), architecture, keep)
@@ -210,8 +210,8 @@ def _facts(run: Pruning, index: int, before: dict[str, Tensor], after: dict[str,
         return [tensors[f"{prefix}{linear}.weight"] for linear in linears]
 
     def zeros(tensors: dict[str, Tensor]) -> dict[str, int]:
-        mlp = sum(_zeros(weight) for weight in weights(tensors, architecture.mlp))
-        return {"mlp": mlp, "attention": sum(_zeros(weight) for weight in weights(tensors, architecture.linears)) - mlp}
+        attention = tuple(linear for linear in architecture.linears if linear not in architecture.mlp)
+        return {part: sum(_zeros(weight) for weight in weights(tensors, linears)) for part, linears in (("mlp", architecture.mlp), ("attention", attention))}
 
     zeros_after = zeros(stored)
     layer = LayerReport(

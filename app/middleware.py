@@ -64,7 +64,7 @@ class RequestContext:
                     await too_large(scope, receive, send_with_headers)
                 else:
                     await self.app(scope, receive, send_with_headers)
-            except Exception:
+            except Exception:  # whatever a handler raises, the caller gets problem+json
                 logger.exception("request_failed", method=scope["method"], path=scope["path"])
                 if status:  # the response has begun: only the cut connection can tell
                     raise

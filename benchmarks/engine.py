@@ -148,7 +148,7 @@ def quality(model: Path, data: Path, seeds: int, keep: Callable[[dict[str, Any]]
 # ---------------------------------------------------------------------------- time
 
 
-def time_ratios(model: Path, data: Path, repetitions: int = 3) -> list[dict[str, Any]]:
+def time_ratios(model: Path, data: Path, repetitions: int = 5) -> list[dict[str, Any]]:
     """Seconds of the pruning phase over seconds of one bare forward of the blocks on the same tokens, taken in turns."""
     stream = BlockStream(read_source(model))
     tokens = random_windows(tokenize(model, str(data / "wiki.valid.raw"), {}), recipe_of("cfsp", 0.2, data).calibration)

@@ -6,7 +6,6 @@ filled up with zero channels, so that it is ordinary again. No function here hol
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -58,30 +57,20 @@ def shard_name(index: int, count: int) -> str:
     return f"model-{index:05}-of-{count:05}.safetensors"
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write the tensors whole or not at all, so that a file under its name is always complete. Returns the file's sha256."""
-    return _write_safetensors(path, tensors, {"format": "pt"})
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the tensors whole or not at all, so that a file under its name is complete whenever this process dies.
+
+    Nothing is forced to the disk: what a power cut loses, the hashes in the walk's state find.
+    """
+    _write_safetensors(path, tensors, {"format": "pt"})
 
 
-def _write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+def _write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     # safetensors writes metadata in a random order, so a file with more than one entry would not be the same twice.
     assert len(metadata) == 1
     part = path.with_name(f".{path.name}.part")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
-    with part.open("rb") as written:
-        os.fsync(written.fileno())
-        digest = hashlib.file_digest(written, "sha256").hexdigest()
     part.rename(path)
-    _sync_folder(path.parent)
-    return digest
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checkpoint_bytes(folder: Path) -> int:
@@ -188,11 +177,11 @@ def masks_name(index: int, count: int) -> str:
     return f"masks-{index:05}-of-{count:05}.safetensors"
 
 
-def write_masks(path: Path, masks: dict[str, Tensor]) -> str:
-    """Write boolean masks (True = kept), eight weights a byte, lowest bit first. Returns the file's sha256."""
+def write_masks(path: Path, masks: dict[str, Tensor]) -> None:
+    """Write boolean masks (True = kept), eight weights a byte, lowest bit first."""
     packed = {name + MASK_SUFFIX: torch.from_numpy(np.packbits(mask.cpu().numpy(), bitorder="little")) for name, mask in masks.items()}
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    return _write_safetensors(path, packed, {"shapes": json.dumps(shapes, sort_keys=True)})
+    _write_safetensors(path, packed, {"shapes": json.dumps(shapes, sort_keys=True)})
 
 
 def read_masks(path: Path) -> dict[str, Tensor]:

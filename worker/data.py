@@ -36,7 +36,7 @@ def tokenize(folder: Path, source: str, texts: dict[str, Path]) -> TokenizedText
     text = _read_text(source, texts)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         raise RecipeError(f"The checkpoint's tokenizer can't be loaded: {error}", code="tokenizer_invalid", hint="Save the tokenizer again.") from error
     ids = tokenizer(text, verbose=False).input_ids
     return_freed_memory()

@@ -101,9 +101,9 @@ def _mask_blocks(run: Pruning, pruner: MaskPruner) -> None:
         if hidden is not None and index + 1 < len(stream):
             forward(stream.materialise(index, pruned), arguments[index], hidden.open(index), hidden.open(index + 1))
         stream.drop(index)
-        files = _write_block(run, index, pruned)
-        name = masks_name(index + 1, _shards(run))
-        files[f"{SHARDS}/{name}"] = write_masks(run.folder / name, {f"{prefix}{linear}.weight": mask for linear, mask in masks.items()})
+        shard, packed = _write_block(run, index, pruned), run.folder / masks_name(index + 1, _shards(run))
+        write_masks(packed, {f"{prefix}{linear}.weight": mask for linear, mask in masks.items()})
+        files = {f"{SHARDS}/{file.name}": sha256_of(file) for file in (shard, packed)}
         run.state.finish_block(files, _facts(run, index, tensors, pruned, importance=None), _next_input(hidden, index))
         run.block_done(index)
 
@@ -196,9 +196,10 @@ def _stored(run: Pruning, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors if run.dtype is None else {name: tensor.to(run.dtype) for name, tensor in tensors.items()}
 
 
-def _write_block(run: Pruning, index: int, tensors: dict[str, Tensor]) -> dict[str, str]:
-    name = shard_name(index + 1, _shards(run))
-    return {f"{SHARDS}/{name}": write_shard(run.folder / name, _stored(run, tensors))}
+def _write_block(run: Pruning, index: int, tensors: dict[str, Tensor]) -> Path:
+    shard = run.folder / shard_name(index + 1, _shards(run))
+    write_shard(shard, _stored(run, tensors))
+    return shard
 
 
 def _facts(run: Pruning, index: int, before: dict[str, Tensor], after: dict[str, Tensor], importance: float | None) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Attempt:
             return ended.outcome, None
         except EspalierError as error:
             return Outcome("failed", {"code": error.code, "message": error.message, "hint": error.hint}), None
-        except Exception as error:
+        except Exception as error:  # whatever goes wrong in an attempt is told in its row
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return Outcome("failed", DISK_FULL), None
             log.exception("attempt failed")

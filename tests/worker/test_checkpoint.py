@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -44,11 +43,10 @@ def test_shard_names_sort_in_their_order() -> None:
     assert names == sorted(names)
 
 
-def test_a_shard_is_written_whole_with_the_hash_of_its_bytes(tmp_path: Path) -> None:
+def test_a_shard_is_written_whole(tmp_path: Path) -> None:
     wide = torch.randn(8, 6)
     tensors = {"b": wide.T, "a": wide[:, ::2].to(torch.bfloat16), "c": torch.tensor(3.0)}
-    digest = write_shard(tmp_path / "model.safetensors", tensors)
-    assert digest == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    write_shard(tmp_path / "model.safetensors", tensors)
     stored = load_file(tmp_path / "model.safetensors")
     assert stored.keys() == tensors.keys()
     assert all(torch.equal(stored[name], tensor) and stored[name].dtype == tensor.dtype for name, tensor in tensors.items())
@@ -59,7 +57,9 @@ def test_a_shard_is_written_whole_with_the_hash_of_its_bytes(tmp_path: Path) -> 
 
 def test_a_shard_has_the_same_bytes_whatever_the_order_of_its_tensors(tmp_path: Path) -> None:
     tensors = {name: torch.full((3,), float(index)) for index, name in enumerate("abcd")}
-    assert write_shard(tmp_path / "x", tensors) == write_shard(tmp_path / "y", dict(reversed(tensors.items())))
+    write_shard(tmp_path / "x", tensors)
+    write_shard(tmp_path / "y", dict(reversed(tensors.items())))
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
 def test_a_shard_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
@@ -229,8 +229,7 @@ def test_masks_come_back_from_an_eighth_of_the_bytes(tmp_path: Path) -> None:
     shapes = [(64, 128), (3, 5), (1, 1), (7,), (0, 4)]
     masks = {f"model.layers.0.{index}.weight": torch.rand(shape, generator=generator) > 0.5 for index, shape in enumerate(shapes)}
     path = tmp_path / masks_name(1, 3)
-    digest = write_masks(path, masks)
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    write_masks(path, masks)
     found = read_masks(path)
     assert found.keys() == masks.keys()
     assert all(torch.equal(found[name], mask) and found[name].dtype == torch.bool for name, mask in masks.items())

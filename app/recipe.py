@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+from app.architecture import ARCHITECTURES
+
+MODEL_TYPES = tuple(ARCHITECTURES)
 
 BUNDLED_TEXTS = ("c4", "wiki")
 
@@ -53,6 +55,23 @@ class Pattern(Strict):
         return f"{self.n}:{self.m}"
 
 
+class Budget(Strict):
+    """A bound on the result, met by the least pruning that keeps it. For structured methods: all tries share one walk over the calibration text."""
+
+    target_parameters: int | None = Field(None, ge=1, description="At most this many parameters are stored, tied ones counted once.")
+    target_bytes: int | None = Field(None, ge=1, description="The weight files have at most this many bytes.")
+    max_perplexity_increase: float | None = Field(
+        None, gt=0, le=100, description="Perplexity on the evaluation text rises by at most this share (0.1: ten per cent); as much is removed as that allows."
+    )
+
+    @model_validator(mode="after")
+    def _is_one_bound(self) -> Budget:
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"a budget is one bound, not {len(given)}; give target_parameters, target_bytes or max_perplexity_increase")
+        return self
+
+
 def _expand_sparsity(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("sparsity must be a number between 0 and 1, a pattern such as '2:4', or an object")
@@ -67,15 +86,17 @@ def _expand_sparsity(value: Any) -> Any:
 
 
 def _sparsity_kind(value: Any) -> str:
-    is_pattern = isinstance(value, Pattern) or (isinstance(value, dict) and not value.keys().isdisjoint({"n", "m"}))
-    return "Pattern" if is_pattern else "Fraction"
+    for kind in (Pattern, Budget):
+        if isinstance(value, kind) or (isinstance(value, dict) and not value.keys().isdisjoint(kind.model_fields)):
+            return kind.__name__
+    return "Fraction"
 
 
 SparsityShort = float | Annotated[str, Field(pattern=r"^\d{1,2}:\d{1,2}$")]
 Sparsity = Annotated[
-    Annotated[Fraction, Tag("Fraction")] | Annotated[Pattern, Tag("Pattern")],
+    Annotated[Fraction, Tag("Fraction")] | Annotated[Pattern, Tag("Pattern")] | Annotated[Budget, Tag("Budget")],
     Discriminator(_sparsity_kind),
-    BeforeValidator(_expand_sparsity, json_schema_input_type=SparsityShort | Fraction | Pattern),
+    BeforeValidator(_expand_sparsity, json_schema_input_type=SparsityShort | Fraction | Pattern | Budget),
 ]
 
 
@@ -99,8 +120,25 @@ class Wanda(Strict):
     )
 
 
-class CFSP(Strict):
-    """Remove FFN channels, coarse to fine, from one forward pass (Wang et al., arXiv 2409.13199)."""
+class SparseGPT(Strict):
+    """Remove weights column by column and let the rest of their row make up for each, by the inverse Hessian (Frantar & Alistarh, arXiv 2301.00774)."""
+
+    name: Literal["sparsegpt"] = "sparsegpt"
+    damping: float = Field(0.01, gt=0, le=1, description="Added to the Hessian's diagonal, as a share of its mean; raised by itself where it does not suffice.")
+    block_size: int = Field(128, ge=8, le=4096, description="Columns whose weights compete with each other.")
+
+
+class Structured(Strict):
+    """What the methods that remove FFN channels and attention heads have in common."""
+
+    units: Literal["ffn", "attention", "both"] = Field(
+        "ffn", description="What is removed: FFN channels, whole KV groups of attention (a key-value head with its query heads), or both."
+    )
+    multiple_of: int = Field(1, ge=1, le=1024, description="FFN widths are rounded to a multiple of this; the achieved sparsity is in the report.")
+
+
+class CFSP(Structured):
+    """Remove FFN channels, coarse to fine, from one forward pass (Wang et al., arXiv 2409.13199); here also KV groups, by the same scores."""
 
     name: Literal["cfsp"] = "cfsp"
     mode: Literal["combined", "paper", "code"] = Field(
@@ -108,24 +146,121 @@ class CFSP(Strict):
         description="How a channel is scored: by the paper's three terms times its activation norm (`combined`, which measures best), by the paper's Eq. 8, "
         "or as the released code does, whose normalisation cancels and leaves the activation norm.",
     )
-    coarse: Literal["angular", "cosine", "mse", "mae", "uniform"] = Field(
-        "angular",
-        description="Distance between a block's input and output that allots width to blocks. Without effect in the `uniform` layout, where all blocks get the same width.",
+
+
+class FLAP(Structured):
+    """Remove the FFN channels and KV groups whose inputs fluctuate least, ranked across the whole model (An et al., arXiv 2312.11983)."""
+
+    name: Literal["flap"] = "flap"
+    units: Literal["ffn", "attention", "both"] = Field(
+        "both", description="What is removed: FFN channels, whole KV groups of attention, or both (as published)."
     )
-    allocation_strength: float = Field(1.0, ge=0, le=100, description="Slope of the sigmoid that turns coarse importance into width; 0 allots equal widths.")
-    max_layer_width: float = Field(1.0, gt=0, le=1, description="Upper bound of a layer's width, as a fraction of its original width.")
-    multiple_of: int = Field(1, ge=1, le=1024, description="Widths are rounded to a multiple of this; the achieved sparsity is in the report.")
+    metric: Literal["wifv", "ifv", "wifn"] = Field(
+        "wifv",
+        description="A channel's score: fluctuation of its input times its weights' squared norm (`wifv`, as published), fluctuation alone, or Wanda's |weight| × input norm.",
+    )
+    mode: Literal["variance", "code"] = Field(
+        "variance",
+        description="Fluctuation as the sample variance (the paper), or as the released code computes it, where an alias lets the first sequence count nothing.",
+    )
+    compensate: bool = Field(True, description="Put what the removed inputs gave on average into biases, where the architecture has places for them.")
 
 
-MethodConfig = Annotated[Magnitude | Wanda | CFSP, Field(discriminator="name")]
-MethodName = Literal["magnitude", "wanda", "cfsp"]
+class Depth(Strict):
+    """Remove whole decoder blocks: those that turn the hidden states least (block influence; Men et al., arXiv 2403.03853)."""
+
+    name: Literal["depth"] = "depth"
+    distance: Literal["angular", "cosine"] = Field("angular", description="Distance between a block's input and output, as a mean over tokens.")
 
 
-def _expand_method(value: Any) -> Any:
+class Experts(Strict):
+    """Remove whole experts of a mixture: those whose outputs, weighted by the router, are smallest (Lasby et al., arXiv 2510.13999)."""
+
+    name: Literal["experts"] = "experts"
+
+
+MethodConfig = Annotated[Magnitude | Wanda | SparseGPT | CFSP | FLAP | Depth | Experts, Field(discriminator="name")]
+MethodName = Literal["magnitude", "wanda", "sparsegpt", "cfsp", "flap", "depth", "experts"]
+
+
+def _expand_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-Method = Annotated[MethodConfig, BeforeValidator(_expand_method, json_schema_input_type=MethodName | MethodConfig)]
+Method = Annotated[MethodConfig, BeforeValidator(_expand_name, json_schema_input_type=MethodName | MethodConfig)]
+
+
+# ---------------------------------------------------------------- allocation
+
+
+class Uniform(Strict):
+    """Every layer loses the same share."""
+
+    name: Literal["uniform"] = "uniform"
+
+
+class Coarse(Strict):
+    """A layer keeps the more, the farther it moves the hidden states (CFSP's coarse importance)."""
+
+    name: Literal["coarse"] = "coarse"
+    distance: Literal["angular", "cosine", "mse", "mae"] = Field("angular", description="How far a layer moves a token.")
+    strength: float = Field(1.0, ge=0, le=100, description="Slope of the sigmoid that turns importance into shares; 0 allots equal ones.")
+    max_layer_share: float = Field(1.0, gt=0, le=1, description="The most of a layer that may stay.")
+
+
+class Owl(Strict):
+    """A layer keeps the more, the more outliers its Wanda scores hold (Yin et al., arXiv 2310.05175)."""
+
+    name: Literal["owl"] = "owl"
+    threshold: float = Field(5.0, gt=1, le=100, description="A score that exceeds the layer's mean by this factor is an outlier.")
+    bound: float = Field(0.08, ge=0, le=0.5, description="The farthest that a layer's sparsity may lie from the average.")
+
+
+class ZScore(Strict):
+    """Channels and KV groups of all layers are ranked together, by scores standardised within each layer (FLAP)."""
+
+    name: Literal["zscore"] = "zscore"
+
+
+class Given(Strict):
+    """The sparsity of every layer, given."""
+
+    name: Literal["given"] = "given"
+    sparsities: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        min_length=1, max_length=1000, description="Fraction to remove, layer by layer; their mean is the recipe's sparsity."
+    )
+
+
+ALLOCATIONS: dict[str, type[Uniform | Coarse | Owl | ZScore]] = {"uniform": Uniform, "coarse": Coarse, "owl": Owl, "zscore": ZScore}
+
+AllocationConfig = Annotated[Uniform | Coarse | Owl | ZScore | Given, Field(discriminator="name")]
+AllocationName = Literal["uniform", "coarse", "owl", "zscore"]
+Allocation = Annotated[AllocationConfig, BeforeValidator(_expand_name, json_schema_input_type=AllocationName | AllocationConfig)]
+
+
+# --------------------------------------------------------------- restoration
+
+
+class LeastSquares(Strict):
+    """Fit the matrices behind what was removed anew, to give what the dense block gives on the pruned model's own inputs."""
+
+    name: Literal["least_squares"] = "least_squares"
+    ridge: float = Field(0.01, gt=0, le=10, description="Added to the Gram matrix's diagonal, as a share of its mean.")
+
+
+class Swaps(Strict):
+    """Exchange kept and removed weights within a row, one pair at a time, wherever that lowers the layer's output error."""
+
+    name: Literal["swaps"] = "swaps"
+    rounds: int = Field(10, ge=1, le=1000, description="Exchanges a row at most.")
+
+
+RestorationConfig = Annotated[LeastSquares | Swaps, Field(discriminator="name")]
+RestorationName = Literal["least_squares", "swaps"]
+Restoration = Annotated[RestorationConfig, BeforeValidator(_expand_name, json_schema_input_type=RestorationName | RestorationConfig)]
+
+
+# --------------------------------------------------------------------- facts
 
 
 class MethodFacts(Strict):
@@ -133,46 +268,124 @@ class MethodFacts(Strict):
 
     paper: str = Field(description="Where the method was published.")
     prunes: str = Field(description="What it removes.")
-    denominator: Literal["ffn", "decoder"] = Field(description="What a plain `sparsity` number is a fraction of.")
+    denominator: Literal["ffn", "attention", "decoder", "blocks", "experts"] = Field(description="What a plain `sparsity` number is a fraction of.")
     patterns: bool = Field(description="Whether N:M patterns are possible.")
     calibrates: bool = Field(description="Whether it reads calibration text.")
     structured: bool = Field(description="Whether the checkpoint gets smaller (true) or holds zeros (false).")
     streams: bool = Field(description="Whether memory depends on one block and not on the model.")
+    allocation: AllocationName | None = Field(
+        description="How layers share the sparsity where the recipe doesn't say and the layout lets them differ; null where the method leaves no choice."
+    )
+    restorations: tuple[RestorationName, ...] = Field(description="What can follow it without training.")
     model_types: tuple[str, ...] = Field(MODEL_TYPES, description="Values of `model_type` in config.json that it supports.")
 
+
+_WEIGHTS = "weights of decoder linears"
 
 METHODS: dict[str, tuple[type[Strict], MethodFacts]] = {
     "magnitude": (
         Magnitude,
         MethodFacts(
             paper="Han et al. 2015, arXiv 1506.02626",
-            prunes="weights of decoder linears",
+            prunes=_WEIGHTS,
             denominator="decoder",
             patterns=True,
             calibrates=False,
             structured=False,
             streams=True,
+            allocation="uniform",
+            restorations=("swaps",),
         ),
     ),
     "wanda": (
         Wanda,
         MethodFacts(
             paper="Sun et al. 2023, arXiv 2306.11695",
-            prunes="weights of decoder linears",
+            prunes=_WEIGHTS,
             denominator="decoder",
             patterns=True,
             calibrates=True,
             structured=False,
             streams=True,
+            allocation="uniform",
+            restorations=("swaps",),
+        ),
+    ),
+    "sparsegpt": (
+        SparseGPT,
+        MethodFacts(
+            paper="Frantar & Alistarh 2023, arXiv 2301.00774",
+            prunes=_WEIGHTS,
+            denominator="decoder",
+            patterns=True,
+            calibrates=True,
+            structured=False,
+            streams=True,
+            allocation="uniform",
+            restorations=(),
         ),
     ),
     "cfsp": (
         CFSP,
         MethodFacts(
-            paper="Wang et al. 2024, arXiv 2409.13199", prunes="FFN channels", denominator="ffn", patterns=False, calibrates=True, structured=True, streams=True
+            paper="Wang et al. 2024, arXiv 2409.13199",
+            prunes="FFN channels",
+            denominator="ffn",
+            patterns=False,
+            calibrates=True,
+            structured=True,
+            streams=True,
+            allocation="coarse",
+            restorations=("least_squares",),
+        ),
+    ),
+    "flap": (
+        FLAP,
+        MethodFacts(
+            paper="An et al. 2023, arXiv 2312.11983",
+            prunes="FFN channels and KV groups",
+            denominator="decoder",
+            patterns=False,
+            calibrates=True,
+            structured=True,
+            streams=True,
+            allocation="zscore",
+            restorations=("least_squares",),
+        ),
+    ),
+    "depth": (
+        Depth,
+        MethodFacts(
+            paper="Men et al. 2024, arXiv 2403.03853",
+            prunes="decoder blocks",
+            denominator="blocks",
+            patterns=False,
+            calibrates=True,
+            structured=True,
+            streams=True,
+            allocation=None,
+            restorations=(),
+        ),
+    ),
+    "experts": (
+        Experts,
+        MethodFacts(
+            paper="Lasby et al. 2025, arXiv 2510.13999",
+            prunes="experts",
+            denominator="experts",
+            patterns=False,
+            calibrates=True,
+            structured=True,
+            streams=True,
+            allocation=None,
+            restorations=(),
+            model_types=("mixtral", "qwen3_moe"),
         ),
     ),
 }
+
+# What a plain number is a fraction of, where a structured method can be told what to remove.
+UNIT_DENOMINATORS: dict[str, Literal["ffn", "attention", "decoder"]] = {"ffn": "ffn", "attention": "attention", "both": "decoder"}
 
 
 # ---------------------------------------------------------------- everything else
@@ -238,18 +451,74 @@ class Recipe(Strict):
     )
     method: Method = Field(description="A method's name, or an object with its own parameters.", examples=["cfsp", {"name": "wanda", "variant": True}])
     sparsity: Sparsity = Field(description="How much to remove: a fraction, an N:M pattern, or an object that names its denominator.", examples=[0.3, "2:4"])
+    allocation: Allocation | None = Field(
+        None, description="How layers share the sparsity; null: as the method was published, or evenly where the layout wants layers alike.", examples=["owl"]
+    )
+    restoration: Restoration | None = Field(None, description="What makes up for the loss without training.", examples=["least_squares"])
     calibration: Calibration = Field(Calibration(), description="The text that the method measures activations on.")
     evaluation: Evaluation | None = Field(Evaluation(), description="What is measured before and after; `null` skips it.")
     output: Output = Field(Output(), description="Layout and dtype of the checkpoint.")
     limits: Limits = Field(Limits(), description="Bounds on the job.")
 
+    @property
+    def facts(self) -> MethodFacts:
+        """What is known of the recipe's method."""
+        return METHODS[self.method.name][1]
+
+    @property
+    def denominator(self) -> str:
+        """What a plain sparsity is a fraction of."""
+        return UNIT_DENOMINATORS[self.method.units] if isinstance(self.method, Structured) else self.facts.denominator
+
+    @property
+    def allots(self) -> AllocationConfig:
+        """How layers share the sparsity: as asked, else as the method was published and the layout allows."""
+        if self.allocation is not None:
+            return self.allocation
+        if self.facts.allocation is None or (self.facts.structured and self.output.layout == "uniform"):
+            return Uniform()
+        return ALLOCATIONS[self.facts.allocation]()
+
     @model_validator(mode="after")
     def _method_can_do_it(self) -> Recipe:
-        facts = METHODS[self.method.name][1]
+        facts, name = self.facts, self.method.name
         if isinstance(self.sparsity, Pattern) and not facts.patterns:
-            raise ValueError(f"{self.method.name} removes {facts.prunes}, so the pattern {self.sparsity} is not possible; give a fraction")
+            raise ValueError(f"{name} removes {facts.prunes}, so the pattern {self.sparsity} is not possible; give a fraction")
+        if isinstance(self.sparsity, Budget):
+            if not facts.structured:
+                raise ValueError(f"{name} keeps all shapes, so no budget bounds its result; give a fraction")
+            if self.sparsity.max_perplexity_increase is not None and self.evaluation is None:
+                raise ValueError("max_perplexity_increase is measured on the evaluation text; leave evaluation in")
         if not facts.structured and self.output.layout == "per_layer":
-            raise ValueError(f"{self.method.name} keeps all shapes, so there is no per_layer layout; leave output.layout out")
+            raise ValueError(f"{name} keeps all shapes, so there is no per_layer layout; leave output.layout out")
+        if facts.allocation is None and self.output.layout == "per_layer":
+            raise ValueError(f"{name} removes whole {facts.prunes}, so all layers stay alike and there is no per_layer layout; leave output.layout out")
         if self.output.padded and self.output.layout != "per_layer":
             raise ValueError("output.padded adds a copy to the per_layer layout; set output.layout to 'per_layer'")
+        return self
+
+    @model_validator(mode="after")
+    def _allocation_fits(self) -> Recipe:
+        allocation = self.allocation
+        if allocation is None or isinstance(allocation, Uniform):
+            return self
+        if self.facts.allocation is None:
+            raise ValueError(f"{self.method.name} leaves nothing to allot; leave allocation out")
+        if isinstance(self.sparsity, Pattern):
+            raise ValueError(f"the pattern {self.sparsity} is the same in every layer; leave allocation out")
+        if self.facts.structured and self.output.layout == "uniform":
+            raise ValueError("the uniform layout gives every layer the same width; set output.layout to 'per_layer', or leave allocation out")
+        if isinstance(allocation, Given):
+            if not isinstance(self.sparsity, Fraction) or self.sparsity.of != "method":
+                raise ValueError("a given allocation says all sparsities itself; give sparsity as the plain number that is their mean")
+            mean = sum(allocation.sparsities) / len(allocation.sparsities)
+            if abs(mean - self.sparsity.fraction) > 0.005:
+                raise ValueError(f"the mean of allocation.sparsities is {mean:.4f}, but sparsity is {self.sparsity.fraction}; make them equal")
+        return self
+
+    @model_validator(mode="after")
+    def _restoration_fits(self) -> Recipe:
+        if self.restoration is not None and self.restoration.name not in self.facts.restorations:
+            possible = " or ".join(self.facts.restorations) or "none"
+            raise ValueError(f"restoration '{self.restoration.name}' can't follow {self.method.name}; possible: {possible}")
         return self

@@ -75,8 +75,13 @@ class LayerReport(Part):
     """One decoder block after pruning."""
 
     index: int = Field(description="Its place, from 0.")
-    ffn_channels: int = Field(description="FFN channels kept.")
+    dropped: bool = Field(description="Whether the whole block was removed.")
+    ffn_channels: int = Field(description="FFN channels kept, in each expert of a mixture.")
     ffn_channels_before: int = Field(description="FFN channels of the dense model.")
+    kv_groups: int = Field(description="KV groups kept: key-value heads with their query heads.")
+    kv_groups_before: int = Field(description="KV groups of the dense model.")
+    experts: int | None = Field(description="Experts kept; null in a block without.")
+    experts_before: int | None = Field(description="Experts of the dense model.")
     weights: int = Field(description="Stored weights of its linear layers.")
     zeros: int = Field(description="Of these, exact zeros.")
     importance: float | None = Field(description="Coarse importance, for methods that measure it.")

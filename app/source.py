@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.architecture import ARCHITECTURES, Architecture
 from app.exceptions import RecipeError
-from app.recipe import BUNDLED_TEXTS, MODEL_TYPES, Pattern, Recipe
+from app.recipe import BUNDLED_TEXTS, Depth, Given, Pattern, Recipe, Structured
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -26,9 +27,10 @@ ITEM_BYTES = FLOAT_BYTES | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U3
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `file` (bytes from `begin` to `end`), its dtype by safetensors' name and its shape."""
+    """Where one tensor lies: `file` (bytes from `begin` to `end`) and its `name` there, its dtype by safetensors' name and its shape."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
@@ -37,7 +39,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint folder that passed the checks."""
+    """A checkpoint folder that passed the checks.
+
+    `tensors` holds the model's weights and nothing else that the files hold, by the names that `save_pretrained` gives them.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -107,20 +112,20 @@ def read_source(folder: Path) -> Source:
         raise _refuse("model_not_found", f"There is no checkpoint folder '{folder.name}'.", "Give a hub id, or a folder below an allowed root.")
     config = _read_config(folder)
     _check_tokenizer(folder)
-    tensors: dict[str, TensorEntry] = {}
+    stored: dict[str, TensorEntry] = {}
     for file in _weight_files(folder):
-        tensors.update(read_header(file))
-    _check_tensors(folder, config, tensors)
-    return Source(folder, config, tensors)
+        stored.update(read_header(file))
+    return Source(folder, config, _find_tensors(folder, config, stored))
 
 
 def check_recipe(recipe: Recipe, source: Source) -> None:
     """Refuse a recipe that can never run on this checkpoint."""
     if source.config.get("per_layer_config"):
         raise _refuse("already_per_layer", f"'{source.folder.name}' has layers of different widths.", "Prune the dense model, or the uniform or padded result.")
-    widths = {"hidden_size": source.config["hidden_size"], "intermediate_size": source.config["intermediate_size"]}
+    architecture = ARCHITECTURES[source.model_type]
+    _check_method(recipe, source, architecture)
     if isinstance(recipe.sparsity, Pattern):
-        for name, width in widths.items():
+        for name, width in _input_widths(architecture, source.config).items():
             if width % recipe.sparsity.m:
                 raise RecipeError(
                     f"The pattern {recipe.sparsity} needs widths divisible by {recipe.sparsity.m}, but {name} is {width}.",
@@ -128,6 +133,54 @@ def check_recipe(recipe: Recipe, source: Source) -> None:
                     hint="Choose another group length, or a fraction.",
                     pointer="/sparsity",
                 )
+    if architecture.positions is not None:
+        longest = architecture.stated(source.config, architecture.positions.key)
+        for part, asked in (("calibration", recipe.calibration), ("evaluation", recipe.evaluation)):
+            if asked is not None and asked.sequence_length > longest:
+                raise RecipeError(
+                    f"The model has positions for {longest} tokens, and sequences of {asked.sequence_length} were asked for.",
+                    code="sequence_too_long",
+                    hint=f"Ask for at most {longest}.",
+                    pointer=f"/{part}/sequence_length",
+                )
+
+
+def _check_method(recipe: Recipe, source: Source, architecture: Architecture) -> None:
+    """Refuse a method, a layout or an allocation that this family or this model has no place for."""
+
+    def refuse(code: str, message: str, hint: str, pointer: str) -> RecipeError:
+        return RecipeError(message, code=code, hint=hint, pointer=pointer)
+
+    method, model_type = recipe.method, source.model_type
+    if model_type not in recipe.facts.model_types:
+        raise refuse(
+            "method_does_not_fit", f"{method.name} doesn't work on {model_type} models.", f"It works on {', '.join(recipe.facts.model_types)}.", "/method"
+        )
+    if recipe.output.layout == "per_layer" and not architecture.per_layer:
+        raise refuse(
+            "layout_not_loadable",
+            f"Nothing loads {model_type} models whose layers differ in size.",
+            "Leave output.layout out: all layers stay alike.",
+            "/output",
+        )
+    if isinstance(method, Structured) and method.units != "ffn" and architecture.groups_fixed:
+        raise refuse(
+            "groups_fixed", f"No KV groups can be removed from {model_type} models: {architecture.groups_fixed}.", "Set units to 'ffn'.", "/method/units"
+        )
+    layers = architecture.dimensions(source.config).layers
+    if isinstance(recipe.allocation, Given) and len(recipe.allocation.sparsities) != layers:
+        raise refuse(
+            "allocation_does_not_fit", f"{len(recipe.allocation.sparsities)} sparsities are given for {layers} layers.", "Give one a layer.", "/allocation"
+        )
+    if isinstance(method, Depth) and source.config.get(architecture.place_key):
+        raise refuse("blocks_fixed", f"With {architecture.place_key} a block's place changes what it computes.", "Choose another method.", "/method")
+
+
+def _input_widths(architecture: Architecture, config: dict[str, Any]) -> dict[str, int]:
+    """The numbers of inputs that the linears of the blocks have, by where config.json states them."""
+    size = architecture.dimensions(config)
+    widths = {architecture.keys.hidden: size.hidden, "the width of all heads": size.heads * size.head_dim}
+    return widths | {architecture.width_key(config, index): architecture.ffn_width(config, index) for index in range(size.layers)}
 
 
 def _refuse(code: str, message: str, hint: str) -> RecipeError:
@@ -152,17 +205,44 @@ def _read_config(folder: Path) -> dict[str, Any]:
     _refuse_own_code(folder, "config.json", config)
     if config.get("quantization_config"):
         raise _refuse("quantized_model", f"'{folder.name}' is quantized.", "Prune the unquantized model and quantize the result.")
-    if config.get("model_type") not in MODEL_TYPES:
-        raise _refuse(
-            "unsupported_model_type", f"The model type {str(config.get('model_type'))[:50]!r} is not supported.", f"Supported are {', '.join(MODEL_TYPES)}."
-        )
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        if type(config.get(name)) is not int or config[name] < 1:
-            raise _refuse("config_invalid", f"config.json of '{folder.name}' has no valid {name}.", "Save the model again.")
-    for name in ("head_dim", "num_key_value_heads"):
-        if config.get(name) is not None and (type(config[name]) is not int or config[name] < 1):
-            raise _refuse("config_invalid", f"config.json of '{folder.name}' has no valid {name}.", "Save the model again.")
+    model_type = config.get("model_type")
+    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if architecture is None:
+        raise _refuse("unsupported_model_type", f"The model type {str(model_type)[:50]!r} is not supported.", f"Supported are {', '.join(ARCHITECTURES)}.")
+    _check_config(folder, config, architecture)
     return config
+
+
+def _check_config(folder: Path, config: dict[str, Any], architecture: Architecture) -> None:
+    """Everything that the shapes depend on is stated, and of the right type."""
+
+    def check(holds: bool, name: str) -> None:
+        if not holds:
+            raise _refuse("config_invalid", f"config.json of '{folder.name}' has no valid {name}.", "Save the model again.")
+
+    def is_size(value: Any) -> bool:
+        return type(value) is int and value >= 1
+
+    for name in architecture.size_keys:
+        check(is_size(config.get(name)), name)
+    for name in architecture.optional_size_keys:
+        check(config.get(name) is None or is_size(config[name]), name)
+    size = architecture.dimensions(config)
+    check(size.heads % size.kv_heads == 0, architecture.keys.kv_heads)
+    dense = config.get("mlp_only_layers")
+    check(dense is None or (isinstance(dense, list) and all(type(index) is int for index in dense)), "mlp_only_layers")
+    layers = config.get("per_layer_config")
+    check(
+        layers is None
+        or (
+            isinstance(layers, dict)
+            and all(re.fullmatch(r"[0-9]{1,9}", layer) and isinstance(own, dict) and all(map(is_size, own.values())) for layer, own in layers.items())
+        ),
+        "per_layer_config",
+    )
+    for name, needed in architecture.needs.items():
+        if config.get(name, needed) != needed:
+            raise _refuse("unsupported_config", f"'{folder.name}' has {name} = {config[name]!r}.", f"Of this model type only {name} = {needed!r} is supported.")
 
 
 def _refuse_own_code(folder: Path, name: str, settings: dict[str, Any]) -> None:
@@ -205,42 +285,35 @@ def _weight_files(folder: Path) -> list[Path]:
     raise _refuse("weights_missing", f"'{folder.name}' has no safetensors weights.", "Save the model with save_pretrained.")
 
 
-def _check_tensors(folder: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
-    """Every weight that the config promises is there, as floats and in its shape."""
-    for name, expected in _promised_shapes(config):
-        entry = tensors.get(name)
+def _find_tensors(folder: Path, config: dict[str, Any], stored: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Every weight that the config promises is there, as floats and in its shape; the rest is left out, as transformers does."""
+    architecture = ARCHITECTURES[config["model_type"]]
+    base = f"{architecture.blocks.split('.')[0]}."  # left out where the model was saved without its head
+    found: dict[str, TensorEntry] = {}
+    for name, expected in _promised_shapes(architecture, config):
+        entry = stored.get(name) or stored.get(name.removeprefix(base))
+        if entry is None and name == architecture.head and architecture.tied(config):
+            continue
         if entry is None:
             raise _refuse("weights_incomplete", f"'{folder.name}' lacks the tensor {name}.", "Complete the download, or save the model again.")
         if entry.dtype not in FLOAT_BYTES:
             raise _refuse("unsupported_dtype", f"{name} of '{folder.name}' is stored as {entry.dtype}.", f"Stored types may be {', '.join(FLOAT_BYTES)}.")
-        if len(entry.shape) != len(expected) or any(wanted not in (None, got) for wanted, got in zip(expected, entry.shape, strict=True)):
-            wanted = " by ".join("any" if extent is None else str(extent) for extent in expected)
-            found = " by ".join(map(str, entry.shape))
-            raise _refuse("weights_do_not_fit", f"{name} of '{folder.name}' is {found}, and config.json says {wanted}.", "Save the model again.")
+        if entry.shape != expected:
+            wanted, got = (" by ".join(map(str, shape)) for shape in (expected, entry.shape))
+            raise _refuse("weights_do_not_fit", f"{name} of '{folder.name}' is {got}, and config.json says {wanted}.", "Save the model again.")
+        found[name] = entry
+    return found
 
 
-def _promised_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int | None, ...]]]:
-    """Names and shapes by config.json; None for an extent that it leaves open, as a `per_layer` checkpoint's FFN or an unstated head_dim."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    ffn = None if config.get("per_layer_config") else config["intermediate_size"]
-    head_dim, key_heads = config.get("head_dim"), config.get("num_key_value_heads")
-    query = head_dim and heads * head_dim
-    key = head_dim and key_heads and key_heads * head_dim
-    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
-    yield "model.norm.weight", (hidden,)
-    if not config.get("tie_word_embeddings", False):
-        yield "lm_head.weight", (config["vocab_size"], hidden)
-    for index in range(config["num_hidden_layers"]):
-        block = f"model.layers.{index}"
-        yield f"{block}.input_layernorm.weight", (hidden,)
-        yield f"{block}.post_attention_layernorm.weight", (hidden,)
-        yield f"{block}.self_attn.q_proj.weight", (query, hidden)
-        yield f"{block}.self_attn.k_proj.weight", (key, hidden)
-        yield f"{block}.self_attn.v_proj.weight", (key, hidden)
-        yield f"{block}.self_attn.o_proj.weight", (hidden, query)
-        yield f"{block}.mlp.gate_proj.weight", (ffn, hidden)
-        yield f"{block}.mlp.up_proj.weight", (ffn, hidden)
-        yield f"{block}.mlp.down_proj.weight", (hidden, ffn)
+def _promised_shapes(architecture: Architecture, config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes by config.json, the head's even where it is tied: transformers then uses it if it is there."""
+    size = architecture.dimensions(config)
+    yield from architecture.outer_shapes(config)
+    if architecture.tied(config):
+        yield architecture.head, (size.vocab, size.embedding)
+    for index in range(size.layers):
+        prefix = architecture.block_prefix(index)
+        yield from ((prefix + name, shape) for name, shape in architecture.block_shapes(config, index))
 
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
@@ -268,7 +341,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             raise broken(f"the tensor {name[:100]} is of the unknown type {str(dtype)[:20]}")
         if begin != expected or end - begin != ITEM_BYTES[dtype] * math.prod(shape):
             raise broken(f"the tensor {name[:100]} does not fill its bytes")
-        entries[name] = TensorEntry(file, dtype, shape, 8 + length + begin, 8 + length + end)
+        entries[name] = TensorEntry(file, name, dtype, shape, 8 + length + begin, 8 + length + end)
         expected = end
     if 8 + length + expected != size:
         raise broken(f"it has {size} bytes and should have {8 + length + expected}")

@@ -35,8 +35,9 @@ from worker.data import leading_windows, random_windows, tokenize
 from worker.evaluation import count_parameters, perplexity, run_blocks
 from worker.pipeline import target_of
 from worker.pruners import PRUNERS
-from worker.pruning import Pruned, Pruning, prune
+from worker.pruning import prune
 from worker.state import WalkState
+from worker.walk import Pruned, Pruning
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
@@ -101,19 +102,8 @@ def recipe_of(method: Any, sparsity: Any, data: Path, seed: int = 0, **more: Any
 
 def prune_into(work: Path, stream: BlockStream, recipe: Recipe, tokens: Tensor) -> Pruned:
     shutil.rmtree(work, ignore_errors=True)
-    return prune(
-        Pruning(
-            stream=stream,
-            config=recipe.method,
-            target=target_of(recipe, count_parameters(stream.source, [])),
-            tokens=tokens,
-            layout=recipe.output.layout,
-            dtype=None,
-            state=WalkState.open(work, "benchmark"),
-            block_done=lambda index: None,
-        ),
-        PRUNERS[recipe.method.name],
-    )
+    run = Pruning(stream=stream, recipe=recipe, tokens=tokens, state=WalkState.open(work, "benchmark"), block_done=lambda done, total: None)
+    return prune(run, PRUNERS[recipe.method.name], target_of(recipe, count_parameters(stream.source, [])))
 
 
 # ------------------------------------------------------------------------- quality
@@ -137,7 +127,7 @@ def quality(model: Path, data: Path, seeds: int, keep: Callable[[dict[str, Any]]
             for seed in range(seeds if compared_by_draws else 1):
                 recipe = recipe_of(method, sparsity, data, seed, **more)
                 pruned = prune_into(Path(scratch, "work"), stream, recipe, random_windows(valid, recipe.calibration))
-                finish(pruned.folder, source, pruned.widths, recipe.output.layout, "source")
+                finish(pruned.folder, source, pruned.kept, recipe.output.layout, "source", pruned.switches)
                 values.append(perplexity(BlockStream(read_source(pruned.folder)), windows, Path(scratch)))
             rows.append({"name": name, "perplexity": values, "authors": authors})
             print(name, [round(value, 2) for value in values], flush=True)

@@ -8,7 +8,7 @@ import sys
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -188,6 +188,31 @@ def methods(as_json: AsJson = False) -> None:
         yes_no = ["yes" if method[field] else "no" for field in ("patterns", "structured")]
         table.add_row(method["name"], method["prunes"], method["denominator"], *yes_no, escape(method["paper"]))
     out.print(table)
+
+
+# --------------------------------------------------------------------- files
+
+
+@app.command(name="gguf")
+def export_gguf(
+    folder: Annotated[Path, typer.Argument(help="A llama or mistral checkpoint, layers of different sizes too.", exists=True, file_okay=False)],
+    file: Annotated[Path, typer.Argument(help="The GGUF file to write.", metavar="OUT.gguf", dir_okay=False)],
+    dtype: Annotated[
+        Literal["source", "F32", "F16", "BF16"], typer.Option(help="How matrices are stored; source: as in the checkpoint.", case_sensitive=False)
+    ] = "source",
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint folder as one GGUF file for llama.cpp."""
+    if find_spec("gguf") is None:
+        raise ClientError("this command needs the gguf package: pip install 'espalier[gguf]'")
+    from espalier.gguf import export
+
+    exported = export(folder, file, dtype)
+    if as_json:
+        _print_json(exported._asdict())
+    else:
+        sizes = f"{exported.tensors} tensors, {exported.bytes:,} bytes"
+        out.print(f"{escape(str(file))}: architecture {exported.architecture}, pre-tokenizer {exported.pre_tokenizer}, {sizes}", soft_wrap=True)
 
 
 # --------------------------------------------------------------- the service

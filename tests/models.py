@@ -14,10 +14,25 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from app.architecture import ARCHITECTURES
+from app.report import LayerReport
 from app.source import Source
 from worker.checkpoint import finish, shard_name, write_shard
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "opt": "OPTForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 SYLLABLES = ("ba", "de", "fi", "go", "lu", "ma", "ne", "pi", "ro", "su", "ta", "ve")
 SENTENCES = (
     "A tree on a wall is pruned in winter and bears fruit in summer.",
@@ -41,29 +56,21 @@ def make_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_size: int | str | None = None,
+    **more: Any,
 ) -> Path:
-    """A checkpoint as `save_pretrained` writes it. Weights are spread so widely that removing any of them shows in the logits."""
+    """A checkpoint as `save_pretrained` writes it; `more` goes into config.json. Weights are spread so widely that removing any of them shows in the logits."""
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[model_type]],
+        "architectures": [CLASSES[model_type]],
         "model_type": model_type,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": hidden // heads * (2 if model_type == "qwen3" else 1),
-        "hidden_act": "silu",
+        **_sizes(model_type, layers=layers, hidden=hidden, ffn=ffn, heads=heads, kv_heads=kv_heads),
         "vocab_size": vocab,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "tie_word_embeddings": tied,
-        "attention_bias": False,
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": None,
         "dtype": str(dtype).removeprefix("torch."),
+        **more,
     }
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
@@ -73,36 +80,52 @@ def make_checkpoint(
     return folder
 
 
+def _sizes(model_type: str, *, layers: int, hidden: int, ffn: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """What config.json of a family says of sizes and functions."""
+    if model_type == "gpt2":
+        return {"n_layer": layers, "n_embd": hidden, "n_inner": ffn, "n_head": heads, "n_positions": 2048, "layer_norm_epsilon": 1e-5}
+    common = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "max_position_embeddings": 2048}
+    if model_type == "opt":
+        return common | {"ffn_dim": ffn, "word_embed_proj_dim": hidden}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    if model_type == "gpt_neox":
+        return common | {"intermediate_size": ffn, "rope_parameters": rope | {"partial_rotary_factor": 0.5}}
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"attention_bias": False},
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "qwen3": {"head_dim": 2 * hidden // heads, "attention_bias": False},
+        "qwen3_moe": {"head_dim": 2 * hidden // heads, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": ffn, "norm_topk_prob": True},
+        "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 8},
+        "gemma3_text": {
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 8,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {"sliding_attention": rope, "full_attention": rope | {"rope_theta": 1e6}},
+        },
+        "phi3": {"original_max_position_embeddings": 2048},
+    }
+    activation = {"hidden_activation": "gelu_pytorch_tanh"} if model_type.startswith("gemma") else {"hidden_act": "silu"}
+    head_dim = {} if model_type == "phi3" else {"head_dim": hidden // heads}
+    gated = {"intermediate_size": ffn, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5, "rope_parameters": rope}
+    return common | gated | head_dim | activation | own.get(model_type, {})
+
+
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    """Every stored tensor by config.json: matrices, norms around the value that changes nothing, embeddings."""
+    architecture, generator = ARCHITECTURES[config["model_type"]], torch.Generator().manual_seed(seed)
+    neutral = 0.0 if config["model_type"].startswith("gemma") else 1.0  # Gemma's norms add 1 to the stored weight
 
-    def normal(*shape: int, mean: float = 0.0, std: float = 0.25) -> Tensor:
-        return torch.randn(*shape, generator=generator) * std + mean
+    def normal(name: str, shape: tuple[int, ...]) -> Tensor:
+        noise = torch.randn(*shape, generator=generator)
+        if name == architecture.embedding:
+            return noise
+        return noise * 0.1 + neutral if len(shape) == 1 and name.endswith("weight") else noise * 0.25
 
-    hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    query, key = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    weights = {"model.embed_tokens.weight": normal(config["vocab_size"], hidden, std=1.0)}
-    for layer in range(config["num_hidden_layers"]):
-        block = {
-            "self_attn.q_proj.weight": normal(query, hidden),
-            "self_attn.k_proj.weight": normal(key, hidden),
-            "self_attn.v_proj.weight": normal(key, hidden),
-            "self_attn.o_proj.weight": normal(hidden, query),
-            "mlp.gate_proj.weight": normal(ffn, hidden),
-            "mlp.up_proj.weight": normal(ffn, hidden),
-            "mlp.down_proj.weight": normal(hidden, ffn),
-            "input_layernorm.weight": normal(hidden, mean=1.0, std=0.1),
-            "post_attention_layernorm.weight": normal(hidden, mean=1.0, std=0.1),
-        }
-        if config["model_type"] == "qwen2":
-            block |= {f"self_attn.{name}_proj.bias": normal(width) for name, width in (("q", query), ("k", key), ("v", key))}
-        if config["model_type"] == "qwen3":
-            block |= {f"self_attn.{name}_norm.weight": normal(head_dim, mean=1.0, std=0.1) for name in ("q", "k")}
-        weights |= {f"model.layers.{layer}.{name}": weight for name, weight in block.items()}
-    weights["model.norm.weight"] = normal(hidden, mean=1.0, std=0.1)
-    if not config["tie_word_embeddings"]:
-        weights["lm_head.weight"] = normal(config["vocab_size"], hidden)
-    return weights
+    outer = dict(architecture.outer_shapes(config))
+    shapes = {architecture.embedding: outer.pop(architecture.embedding)}
+    for layer in range(architecture.dimensions(config).layers):
+        shapes |= {architecture.block_prefix(layer) + name: shape for name, shape in architecture.block_shapes(config, layer)}
+    return {name: normal(name, shape) for name, shape in (shapes | outer).items()}
 
 
 def make_tokenizer(folder: Path, vocab: int = 320) -> None:
@@ -145,8 +168,26 @@ def pruned_checkpoint(source: Source, folder: Path, widths: list[int], layout: L
         block = {name: weights.pop(name) for name in list(weights) if name.startswith(prefix)}
         write_shard(folder / shard_name(layer + 1, count), {name: _first_channels(name, tensor, width) for name, tensor in block.items()})
     write_shard(folder / shard_name(count, count), weights)
-    finish(folder, source, widths, layout, dtype)
+    finish(folder, source, [layer_report(source, layer, width) for layer, width in enumerate(widths)], layout, dtype)
     return folder
+
+
+def layer_report(source: Source, layer: int, width: int) -> LayerReport:
+    architecture = ARCHITECTURES[source.model_type]
+    before, groups = architecture.ffn_width(source.config, layer), architecture.dimensions(source.config).kv_heads
+    return LayerReport(
+        index=layer,
+        dropped=False,
+        ffn_channels=width,
+        ffn_channels_before=before,
+        kv_groups=groups,
+        kv_groups_before=groups,
+        experts=None,
+        experts_before=None,
+        weights=0,
+        zeros=0,
+        importance=None,
+    )
 
 
 def _first_channels(name: str, tensor: Tensor, width: int) -> Tensor:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from worker.blocks import BlockStream, batches
 
-InputNorms = dict[str, Tensor]  # root mean square over tokens of every input of a linear, (C,) float32, by the linear's name in the block
+Statistic = Literal["norm", "variance", "fluctuation", "gram"]
 Distance = Callable[[Tensor, Tensor], Tensor]  # (…, D), (…, D) -> (…): how far a block moves a token
 
 
@@ -58,33 +58,107 @@ def embed_into(hidden: HiddenStates, stream: BlockStream, tokens: Tensor) -> Non
         start += len(embedded)
 
 
+class InputStatistics:
+    """Running statistics of the inputs of one linear, over all tokens that reach it; only those in `wanted` are kept.
+
+    Batches are summed in float32 and added up in float64. A linear that no token reached, as an expert may be, is judged by its weights alone: all inputs
+    count as independent and of size 1.
+    """
+
+    def __init__(self, width: int, device: torch.device, wanted: frozenset[Statistic]) -> None:
+        self.tokens = 0
+        self._wanted = wanted
+        self._squares, self._sums, self._deviations = torch.zeros(3, width, dtype=torch.float64, device=device).unbind()
+        self._pivot = torch.zeros(width, device=device)
+        self._gram = torch.zeros(width, width, device=device) if "gram" in wanted else None
+        self._sequences = 0
+        self._mean_as_released, self._fluctuation = torch.zeros(2, width, device=device).unbind()
+
+    def update(self, batch: Tensor) -> None:
+        """Take in (B, T, C) or (T, C) inputs."""
+        rows = batch.flatten(0, -2)  # (B*T, C)
+        if not len(rows):
+            return
+        if "norm" in self._wanted:
+            self._squares += torch.linalg.vector_norm(rows, dim=0).square()
+        if "variance" in self._wanted:
+            if not self.tokens:
+                self._pivot = rows.mean(dim=0)  # deviations from it are summed without cancellation
+            self._sums += rows.sum(dim=0)
+            self._deviations += (rows - self._pivot).square().sum(dim=0)
+        if self._gram is not None:
+            self._gram.addmm_(rows.T, rows)
+        if "fluctuation" in self._wanted:
+            for sequence in batch if batch.dim() == 3 else batch[None]:
+                self._fluctuate(sequence)
+        self.tokens += len(rows)
+
+    def _fluctuate(self, sequence: Tensor) -> None:
+        """FLAP's running update by one sequence (T, C) as released: both deviations are from the new mean, since the old one is an alias of it."""
+        seen, self._sequences = self._sequences, self._sequences + 1
+        self._mean_as_released += (sequence.mean(dim=0) - self._mean_as_released) / self._sequences
+        if seen:
+            self._fluctuation *= (seen - 1) / seen
+            self._fluctuation += (sequence - self._mean_as_released).square().sum(dim=0) / self._sequences
+
+    @property
+    def norm(self) -> Tensor:
+        """Root mean square, (C,)."""
+        return (self._squares / self.tokens).sqrt().float() if self.tokens else torch.ones_like(self._pivot)
+
+    @property
+    def mean(self) -> Tensor:
+        """(C,); measured with `variance`."""
+        return (self._sums / max(1, self.tokens)).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """Sample variance, (C,)."""
+        if self.tokens < 2:
+            return torch.ones_like(self._pivot)
+        offset = self._sums / self.tokens - self._pivot
+        spread: Tensor = self._deviations - self.tokens * offset.square()
+        variance: Tensor = spread / (self.tokens - 1)
+        return variance.clamp_min(0).float()
+
+    @property
+    def fluctuation(self) -> Tensor:
+        """What FLAP's released code takes for the variance, (C,)."""
+        return self._fluctuation if self._sequences > 1 else torch.ones_like(self._pivot)
+
+    @property
+    def gram(self) -> Tensor:
+        """Mean of x xᵀ, (C, C)."""
+        assert self._gram is not None
+        return self._gram / self.tokens if self.tokens else torch.eye(len(self._gram), device=self._gram.device)
+
+
 class _NothingMoreToMeasure(Exception):  # noqa: N818  it is no error
     """Ends a forward pass whose output nobody needs."""
 
 
 @contextmanager
-def measuring(block: nn.Module, linears: tuple[str, ...], stop: str | None = None) -> Iterator[Callable[[], InputNorms]]:
-    """Measure the inputs of `linears` during forward passes; the yielded function gives their root mean squares.
-
-    Sums are float32 within a batch and float64 across batches. With `stop`, the forward pass ends before that linear computes.
-    """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+def measuring(block: nn.Module, linears: Iterable[str], wanted: frozenset[Statistic], stop: str | None = None) -> Iterator[dict[str, InputStatistics]]:
+    """Measure the inputs of `linears` while forward passes run; with `stop`, a pass ends before that linear computes."""
+    statistics: dict[str, InputStatistics] = {}
 
     def measure(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].flatten(0, -2)  # (B*T, C)
-            squares = torch.linalg.vector_norm(rows, dim=0).square().double()
-            sums[name] = sums[name] + squares if name in sums else squares
-            counts[name] = counts.get(name, 0) + len(rows)
+            statistics[name].update(args[0])
             if name == stop:
                 raise _NothingMoreToMeasure
 
         return hook
 
-    handles = [block.get_submodule(name).register_forward_pre_hook(measure(name)) for name in linears]
+    handles = []
+    for name in linears:
+        module = block.get_submodule(name)
+        weight: Tensor = module.get_parameter("weight")
+        width = weight.shape[1 if isinstance(module, nn.Linear) else 0]  # Conv1D stores (in, out)
+        statistics[name] = InputStatistics(width, weight.device, wanted)
+        handles.append(module.register_forward_pre_hook(measure(name)))
     try:
-        yield lambda: {name: (sums[name] / counts[name]).sqrt().float() for name in linears}
+        yield statistics
     finally:
         for handle in handles:
             handle.remove()

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from app.architecture import ARCHITECTURES, Architecture, Config, Dimensions
 from app.recipe import METHODS
-from app.report import Measured, Parameters, Report, TextUsed
+from app.report import LayerReport, Measured, Parameters, Report, TextUsed
 from app.source import Source, TensorEntry, read_header
-from worker.architecture import ARCHITECTURES, Architecture
 
 INDEX = "model.safetensors.index.json"
 SHARDS = "model-*.safetensors"
@@ -80,50 +80,93 @@ def checkpoint_bytes(folder: Path) -> int:
 # ------------------------------------------------------------------- layouts
 
 
-def finish(folder: Path, source: Source, widths: list[int], layout: Literal["uniform", "per_layer"], dtype: str) -> None:
-    """Make a folder of shards a checkpoint: index, config, tokenizer. `widths` are FFN channels by layer; `dtype` is as in the recipe's output."""
-    shards = [folder / shard_name(index, len(widths) + 1) for index in range(1, len(widths) + 2)]
-    _write_index(folder, shards)
-    config = _without_origin(source.config, dtype) | (_uniform(widths) if layout == "uniform" else _per_layer(widths))
-    _write_json(folder / "config.json", config)
+def finish(
+    folder: Path, source: Source, layers: Sequence[LayerReport], layout: Literal["uniform", "per_layer"], dtype: str, switches: Sequence[str] = ()
+) -> None:
+    """Make a folder of shards a checkpoint: index, config, tokenizer.
+
+    `layers` are the blocks that stay; `dtype` is as in the recipe's output; `switches` are those of config.json that biases were added under.
+    """
+    _write_index(folder, [folder / shard_name(place, len(layers) + 1) for place in range(1, len(layers) + 2)])
+    _write_json(folder / "config.json", pruned_config(source, layers, layout, dtype, switches))
     _copy_files(source.folder, folder)
 
 
+def pruned_config(
+    source: Source, layers: Sequence[LayerReport], layout: Literal["uniform", "per_layer"], dtype: str, switches: Sequence[str] = ()
+) -> dict[str, Any]:
+    """config.json of what stays of a source."""
+    architecture, config = ARCHITECTURES[source.model_type], _without_origin(source.config, dtype)
+    dense = architecture.dimensions(config)
+    sizes = [_sizes(architecture, source.config, layer) for layer in layers]
+    if len(layers) < dense.layers:
+        config = architecture.keep_blocks(config, [layer.index for layer in layers])
+    config |= dict.fromkeys(switches, True)
+    widest = {key: max(size[key] for size in sizes if key in size) for size in sizes for key in size}
+    if layout == "uniform" and any(size[key] != widest[key] for size in sizes for key in size):
+        raise ValueError(f"the uniform layout needs layers of one size, not {sizes}")
+    config |= widest
+    if widest.get(architecture.keys.heads) not in (None, dense.heads) or config.get(architecture.keys.head_dim):
+        config |= {architecture.keys.head_dim: dense.head_dim} if architecture.keys.head_dim else {}
+    own = {place: {key: value for key, value in size.items() if value != widest[key]} for place, size in enumerate(sizes)}
+    config |= _per_layer({place: size for place, size in own.items() if size})
+    heads = {layer.kv_groups * dense.queries_per_group for layer in layers}
+    return config if written_type(source.model_type, dense, heads) == source.model_type else _as_mistral(config)
+
+
+def _sizes(architecture: Architecture, config: Config, layer: LayerReport) -> dict[str, int]:
+    """What config.json says of a layer's size."""
+    keys, dense = architecture.keys, architecture.dimensions(config)
+    sizes = {architecture.width_key(config, layer.index): layer.ffn_channels}
+    if keys.kv_heads:
+        sizes |= {keys.heads: layer.kv_groups * dense.queries_per_group, keys.kv_heads: layer.kv_groups}
+    if layer.experts is not None and architecture.experts is not None:
+        sizes[next((key for key in architecture.experts.count_keys if config.get(key)), architecture.experts.count_keys[0])] = layer.experts
+    return sizes
+
+
+def _per_layer(sizes: dict[int, dict[str, int]]) -> dict[str, Any]:
+    """As transformers serialises it: layers of the global sizes are left out, and keys are filled up to sort as numbers."""
+    if not sizes:
+        return {}
+    digits = len(str(max(sizes)))
+    return {"allow_global_per_layer_attribute_access": True, "per_layer_config": {f"{layer:0{digits}}": size for layer, size in sizes.items()}}
+
+
+WRITTEN_AS = {"llama": "mistral"}  # another type of the same computation, which takes any number of heads
+
+
+def written_type(model_type: str, dense: Dimensions, heads: set[int]) -> str:
+    """The result's `model_type`: LlamaConfig refuses to state a number of heads that doesn't divide the hidden size; MistralConfig takes any."""
+    return WRITTEN_AS.get(model_type, model_type) if dense.hidden % max(heads, default=dense.heads) else model_type
+
+
+def _as_mistral(llama: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in llama.items() if name not in ("attention_bias", "mlp_bias", "pretraining_tp")}
+    return kept | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
 def write_padded(per_layer_folder: Path, out: Path) -> None:
-    """A copy of a `per_layer` checkpoint with every layer filled up to the widest by zero channels: the same function, loadable anywhere."""
+    """A copy of a `per_layer` checkpoint with every layer filled up to the largest by zeros: the same function, loadable anywhere."""
     out.mkdir(parents=True, exist_ok=True)
     config = json.loads((per_layer_folder / "config.json").read_text(encoding="utf-8"))
-    architecture, width = ARCHITECTURES[config["model_type"]], config["intermediate_size"]
+    largest = {name: value for name, value in config.items() if name not in PER_LAYER_FIELDS}
+    architecture = ARCHITECTURES[config["model_type"]]
+    shapes = {
+        architecture.block_prefix(index) + name: shape
+        for index in range(architecture.dimensions(config).layers)
+        for name, shape in architecture.block_shapes(largest, index)
+    }
     shards = sorted(per_layer_folder.glob(SHARDS))
     for shard in shards:
         with safe_open(shard, framework="pt") as stored:
-            write_shard(out / shard.name, {name: _widen(name, stored.get_tensor(name), width, architecture) for name in stored.keys()})  # noqa: SIM118
+            write_shard(out / shard.name, {name: _fill_up(stored.get_tensor(name), shapes.get(name)) for name in stored.keys()})  # noqa: SIM118
     _write_index(out, [out / shard.name for shard in shards])
-    _write_json(out / "config.json", {name: value for name, value in config.items() if name not in PER_LAYER_FIELDS})
+    _write_json(out / "config.json", largest)
     _copy_files(per_layer_folder, out)
 
 
 PER_LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")
-
-
-def _uniform(widths: list[int]) -> dict[str, Any]:
-    if len(set(widths)) != 1:
-        raise ValueError(f"the uniform layout needs layers of one width, not {sorted(set(widths))}")
-    return {"intermediate_size": widths[0]}
-
-
-def _per_layer(widths: list[int]) -> dict[str, Any]:
-    """As transformers serialises it: layers of the global width are left out, and keys are filled up to sort as numbers."""
-    widest = max(widths)
-    narrower = {layer: width for layer, width in enumerate(widths) if width != widest}
-    if not narrower:
-        return _uniform(widths)
-    digits = len(str(max(narrower)))
-    return {
-        "intermediate_size": widest,
-        "allow_global_per_layer_attribute_access": True,
-        "per_layer_config": {f"{layer:0{digits}}": {"intermediate_size": width} for layer, width in narrower.items()},
-    }
 
 
 def _without_origin(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -133,15 +176,12 @@ def _without_origin(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return kept if stated is None else kept | {"dtype": stated}
 
 
-def _widen(name: str, tensor: Tensor, width: int, architecture: Architecture) -> Tensor:
-    """Fill the channel dimension of an MLP's tensor up to `width`; other tensors stay."""
-    linear, _, kind = name.rpartition(".")
-    if linear.endswith(architecture.channel_outputs):  # weight (I, D), bias (I)
-        missing = width - tensor.shape[0]
-        return pad(tensor, (0, 0, 0, missing) if kind == "weight" else (0, missing))
-    if linear.endswith(architecture.down) and kind == "weight":  # (D, I)
-        return pad(tensor, (0, width - tensor.shape[1]))
-    return tensor
+def _fill_up(tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    """Zeros behind a tensor's entries, up to the shape."""
+    if shape is None or tensor.shape == shape:
+        return tensor
+    missing = [wanted - given for wanted, given in zip(shape, tensor.shape, strict=True)]
+    return pad(tensor, [extent for amount in reversed(missing) for extent in (0, amount)])
 
 
 def _write_index(folder: Path, shards: list[Path]) -> None:
@@ -286,7 +326,11 @@ def _measured(before: Measured, after: Measured) -> list[tuple[str, str, str]]:
 
 
 def _how_to_load(report: Report, padded: bool) -> list[str]:
-    per_layer = report.recipe.output.layout == "per_layer" and not padded and len({layer.ffn_channels for layer in report.layers}) > 1
+    per_layer = (
+        report.recipe.output.layout == "per_layer"
+        and not padded
+        and len({(layer.ffn_channels, layer.kv_groups) for layer in report.layers if not layer.dropped}) > 1
+    )
     code = [
         "```python",
         *(["import espalier.loader  # pip install espalier; builds each layer at its own width"] if per_layer else []),
@@ -299,12 +343,24 @@ def _how_to_load(report: Report, padded: bool) -> list[str]:
     if per_layer:
         code += [
             "",
-            "Layers have different widths (`per_layer_config` in config.json). Without the import `from_pretrained` stops with an error.",
+            "Layers have different sizes (`per_layer_config` in config.json). Without the import `from_pretrained` stops with an error.",
             "**Never pass `ignore_mismatched_sizes=True`: it replaces the weights of most layers by random ones and says so only in the log.**",
         ]
     if padded:
         code += ["", "This is the per-layer checkpoint with its layers filled up to the widest by zero channels: the same function at the widest layer's cost."]
     return code
+
+
+def _layer_sizes(layers: list[LayerReport]) -> str:
+    """What stays of each layer, e.g. "1229 channels and 2 KV groups"."""
+
+    def size(layer: LayerReport) -> str:
+        parts = [f"{layer.ffn_channels} channels", f"{layer.kv_groups} KV groups"]
+        return "dropped" if layer.dropped else " and ".join(parts if layer.experts is None else [*parts, f"{layer.experts} experts"])
+
+    if len({size(layer) for layer in layers}) == 1:
+        return f"{len(layers)} × {size(layers[0])}"
+    return "; ".join(f"{layer.index}: {size(layer)}" for layer in layers)
 
 
 def _origin(report: Report) -> list[str]:
@@ -326,7 +382,7 @@ def _origin(report: Report) -> list[str]:
         f"- Source model: {report.model_type}, fingerprint `{report.model_fingerprint}`",
         *([f"- Calibration text: {_provenance(report.calibration)}"] if report.calibration else []),
         *([f"- Evaluation text: {_provenance(evaluation.text)}"] if evaluation else []),
-        f"- FFN channels by layer: {', '.join(str(layer.ffn_channels) for layer in report.layers)}",
+        f"- What stays by layer: {_layer_sizes(report.layers)}",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
         *[f"- {note}" for note in report.notes],
     ]

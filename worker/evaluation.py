@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from app.recipe import Fraction, MethodFacts
+from app.architecture import ARCHITECTURES
 from app.report import Parameters, Sparsities
 from app.source import Source
-from worker.architecture import ARCHITECTURES
 from worker.blocks import BlockStream
 from worker.calibration import HiddenStates, embed_into, forward
 
@@ -37,24 +36,29 @@ class LinearZeros:
 
 
 def count_parameters(source: Source, zeros: list[LinearZeros]) -> Parameters:
-    """Counts from the headers alone; `zeros` has an entry a block. A tied head isn't stored, so it counts once."""
-    architecture = ARCHITECTURES[source.model_type]
-    sizes = {name: math.prod(entry.shape) for name, entry in source.tensors.items()}
-    blocks = int(source.config["num_hidden_layers"])
-
-    def weights(linears: tuple[str, ...]) -> int:
-        return sum(sizes[f"{architecture.block_prefix(index)}{linear}.weight"] for index in range(blocks) for linear in linears)
-
+    """Counts from the headers alone; `zeros` has an entry a block. A tied head isn't stored, so it counts once; all experts count, their routers but in `all`."""
+    architecture, config = ARCHITECTURES[source.model_type], source.config
+    sizes = _sizes(source)
+    attention = ffn = channels = 0
+    for index in range(architecture.dimensions(config).layers):
+        prefix, mlps = architecture.block_prefix(index), architecture.mlps(config, index)
+        attention += sum(sizes[f"{prefix}{linear}.weight"] for linear in architecture.attention.linears)
+        ffn += sum(sizes[f"{prefix}{linear}.weight"] for mlp in mlps for linear in mlp.linears)
+        channels += sum(source.tensors[f"{prefix}{mlp.down}.weight"].shape[0 if architecture.transposed else 1] for mlp in mlps)
     everything = sum(sizes.values())
     return Parameters(
         all=everything,
         non_embedding=everything - sizes[architecture.embedding] - sizes.get(architecture.head, 0),
-        decoder=weights(architecture.linears),
-        ffn=weights(architecture.mlp),
-        ffn_channels=sum(source.tensors[f"{architecture.block_prefix(index)}{architecture.down}.weight"].shape[1] for index in range(blocks)),
+        decoder=attention + ffn,
+        ffn=ffn,
+        ffn_channels=channels,
         decoder_zeros=sum(block.all for block in zeros),
         ffn_zeros=sum(block.mlp for block in zeros),
     )
+
+
+def _sizes(source: Source) -> dict[str, int]:
+    return {name: math.prod(entry.shape) for name, entry in source.tensors.items()}
 
 
 def sparsities(before: Parameters, after: Parameters) -> Sparsities:
@@ -71,42 +75,55 @@ def sparsities(before: Parameters, after: Parameters) -> Sparsities:
     )
 
 
-def method_fraction(sparsity: Fraction, facts: MethodFacts, dense: Parameters) -> float:
-    """The fraction of what the method prunes that removes the asked fraction of the asked denominator; 1 or more can't be reached."""
-    removable = dense.ffn if facts.structured else dense.decoder
-    denominators = {"ffn": removable, "decoder": dense.decoder, "non_embedding": dense.non_embedding, "all": dense.all, "method": removable}
-    return sparsity.fraction * denominators[sparsity.of] / removable
-
-
 def macs_per_token(source: Source) -> int:
-    """Multiply-accumulates a token in the linear layers and the head, at an empty context."""
-    architecture = ARCHITECTURES[source.model_type]
-    sizes = {name: math.prod(entry.shape) for name, entry in source.tensors.items()}
-    linears = sum(
-        sizes[f"{architecture.block_prefix(index)}{linear}.weight"]
-        for index in range(int(source.config["num_hidden_layers"]))
-        for linear in architecture.linears
-    )
-    return linears + sizes.get(architecture.head, sizes[architecture.embedding])
+    """Multiply-accumulates a token in the linear layers, the routers and the head, at an empty context; of a mixture's experts, those that a token is sent to."""
+    architecture, config = ARCHITECTURES[source.model_type], source.config
+    sizes = _sizes(source)
+    total = sizes.get(architecture.head, sizes[architecture.embedding])
+    total += sum(sizes.get(projection, 0) for projection in (architecture.project_in, architecture.project_out))
+    for index in range(architecture.dimensions(config).layers):
+        prefix, mlps, router = architecture.block_prefix(index), architecture.mlps(config, index), architecture.router(config, index)
+        total += sum(sizes[f"{prefix}{linear}.weight"] for linear in architecture.attention.linears)
+        ffn = sum(sizes[f"{prefix}{linear}.weight"] for mlp in mlps for linear in mlp.linears)
+        total += ffn if router is None else sizes[f"{prefix}{router}.weight"] + ffn * architecture.experts_per_token(config) // len(mlps)
+    return total
 
 
-def run_blocks(stream: BlockStream, tokens: Tensor, work: Path, done: Callable[[int], None] = lambda index: None) -> Tensor:
-    """Last hidden states (B, T, D) of (B, T) token ids, before the final norm. They lie in a mapped file in `work`."""
+def run_blocks(
+    stream: BlockStream,
+    tokens: Tensor,
+    work: Path,
+    done: Callable[[int], None] = lambda index: None,
+    edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None] = lambda index, tensors: tensors,
+) -> Tensor:
+    """Last hidden states (B, T, D) of (B, T) token ids, before the final norm. They lie in a mapped file in `work`.
+
+    `edit` gives each block other tensors, or None for none: the block is left out.
+    """
     hidden = HiddenStates(work, (*tokens.shape, int(stream.config.hidden_size)))
     embed_into(hidden, stream, tokens)
     arguments = stream.block_arguments(tokens.shape[1])
+    passed = 0
     for index in range(len(stream)):
-        block = stream.materialise(index, stream.block_tensors(index))
-        forward(block, arguments[index], hidden.open(index), hidden.open(index + 1))
-        stream.drop(index)
+        tensors = edit(index, stream.block_tensors(index))
+        if tensors is not None:
+            forward(stream.materialise(index, tensors), arguments[index], hidden.open(passed), hidden.open(passed + 1))
+            stream.drop(index)
+            passed += 1
         done(index)
-    return hidden.open(len(stream))
+    return hidden.open(passed)
 
 
 @torch.no_grad()
-def perplexity(stream: BlockStream, windows: Tensor, work: Path, done: Callable[[int], None] = lambda index: None) -> float:
-    """exp of the mean negative log-likelihood over (B, T) windows, each token given those before it in its window."""
-    hidden = run_blocks(stream, windows, work, done)
+def perplexity(
+    stream: BlockStream,
+    windows: Tensor,
+    work: Path,
+    done: Callable[[int], None] = lambda index: None,
+    edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None] = lambda index, tensors: tensors,
+) -> float:
+    """exp of the mean negative log-likelihood over (B, T) windows, each token given those before it in its window; `edit` is as in `run_blocks`."""
+    hidden = run_blocks(stream, windows, work, done, edit)
     total = 0.0
     for states, window in zip(hidden, windows, strict=True):  # (T, D), (T,)
         for part, targets in zip(states[:-1].split(TOKENS_PER_HEAD), window[1:].split(TOKENS_PER_HEAD), strict=True):

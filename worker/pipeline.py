@@ -15,6 +15,7 @@ import argparse
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -34,19 +35,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from app.exceptions import EspalierError, RecipeError
-from app.recipe import METHODS, Pattern, Recipe
+from app.recipe import Budget, Fraction, Given, Pattern, Recipe, Uniform
 from app.report import LoadCheck, Measured, Parameters, Perplexity, Report, TextUsed
 from app.source import Source, check_recipe, read_source
 from worker.blocks import BlockStream
 from worker.checkpoint import checkpoint_bytes, finish, model_card, write_padded
 from worker.data import leading_windows, random_windows, tokenize
-from worker.evaluation import LinearZeros, count_parameters, logits, macs_per_token, method_fraction, perplexity, sparsities
+from worker.evaluation import LinearZeros, count_parameters, logits, macs_per_token, perplexity, sparsities
 from worker.memory import PeakMemory
 from worker.pruners import PRUNERS
 from worker.pruners.base import MaskPruner, Target
-from worker.pruning import Pruned, Pruning, prune
+from worker.pruning import prune
 from worker.state import WalkState, sha256_of
 from worker.trial import Trial, TrialError, run_trial
+from worker.walk import Edit, Pruned, Pruning
 
 Emit = Callable[[dict[str, Any]], None]
 Layout = Literal["uniform", "per_layer", "padded"]
@@ -69,22 +71,22 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
             fingerprint = weights_sha256(source)
             stream = _open(source)
             tokens, calibration_text = _calibration_tokens(recipe, source, texts)
-            target = target_of(recipe, count_parameters(source, []))
+            target = None if isinstance(recipe.sparsity, Budget) else target_of(recipe, count_parameters(source, []))
             progress.plan(_costs(recipe, stream, tokens))
         state = WalkState.open(work, _state_fingerprint(recipe, fingerprint, tokens))
-        resumed_at = len(state.blocks) or None
+        resumed_at = state.finished or None
         if state.refused:
             progress.log(f"Started anew, because of the earlier attempt {state.refused}.")
         elif resumed_at is not None:
-            progress.log(f"Goes on at block {resumed_at} of {len(stream)}, after verifying the blocks before it.")
+            progress.log(f"Goes on after {resumed_at} blocks of an earlier attempt, which were verified.")
 
         before = _cached(work / "before.json", lambda: _measure(recipe, source, [], texts, work, progress, "evaluate_dense", loader=False))
         with progress.phase("prune"):
-            pruned = _prune(recipe, stream, target, tokens, state, progress)
+            pruned = _prune(recipe, stream, target, tokens, texts, state, progress)
         with progress.phase("write"):
             _write(recipe, source, pruned, out)
         result = read_source(out / "checkpoint")
-        per_layer = len(set(pruned.widths)) > 1
+        per_layer = bool(result.config.get("per_layer_config"))
         after = _measure(recipe, result, pruned.zeros_after, texts, work, progress, "evaluate", loader=per_layer)
         with progress.phase("verify"):
             loads_with = _verify(out, result, work, per_layer)
@@ -106,7 +108,7 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
         seconds=progress.seconds,
         resumed_at_block=resumed_at,
         peak_memory_bytes=memory.bytes,
-        notes=_notes(recipe, target, pruned),
+        notes=_notes(recipe, target, pruned, parameters_before, parameters_after),
         versions=_versions(),
     )
     (out / "checkpoint" / "README.md").write_text(model_card(report), encoding="utf-8")
@@ -134,7 +136,7 @@ def weights_sha256(source: Source) -> str:
 
 def _calibration_tokens(recipe: Recipe, source: Source, texts: dict[str, Path]) -> tuple[Tensor | None, TextUsed | None]:
     pruner = PRUNERS[recipe.method.name]
-    if isinstance(pruner, MaskPruner) and not pruner.calibrates:
+    if isinstance(pruner, MaskPruner) and not pruner.statistics and recipe.restoration is None and isinstance(recipe.allots, Uniform | Given):
         return None, None
     text = tokenize(source.folder, recipe.calibration.source, texts)
     tokens = random_windows(text, recipe.calibration)
@@ -142,15 +144,27 @@ def _calibration_tokens(recipe: Recipe, source: Source, texts: dict[str, Path]) 
 
 
 def target_of(recipe: Recipe, dense: Parameters) -> Target:
+    """What a recipe's fraction or pattern asks of its method, in the method's own denominator."""
     if isinstance(recipe.sparsity, Pattern):
         return Target(fraction=1 - recipe.sparsity.n / recipe.sparsity.m, pattern=(recipe.sparsity.n, recipe.sparsity.m))
-    facts = METHODS[recipe.method.name][1]
-    fraction = method_fraction(recipe.sparsity, facts, dense)
+    assert isinstance(recipe.sparsity, Fraction)
+    asked, of = recipe.sparsity.fraction, recipe.sparsity.of
+    attention = dense.decoder - dense.ffn
+    # Zeros among all linears and whole blocks take the same share of FFNs as of the rest.
+    ffn = {"ffn": dense.ffn, "experts": dense.ffn, "attention": 0}.get(recipe.denominator, dense.decoder)
+    removable = {"ffn": dense.ffn, "experts": dense.ffn, "attention": attention, "decoder": dense.decoder, "blocks": dense.non_embedding}[recipe.denominator]
+    if of == "method":
+        return Target(fraction=asked)
+    whole = {"ffn": dense.ffn * removable / ffn if ffn else math.inf, "decoder": dense.decoder, "non_embedding": dense.non_embedding, "all": dense.all}[of]
+    if recipe.denominator == "blocks" and of == "decoder":
+        whole = dense.non_embedding
+    fraction = asked * whole / removable
     if fraction >= 1:
+        hint = f"At most {asked / fraction:.1%} of '{of}' can go; ask for less." if fraction < math.inf else f"{recipe.method.name} doesn't touch it here."
         raise RecipeError(
-            f"Removing {recipe.sparsity.fraction:.0%} of '{recipe.sparsity.of}' needs more than all {facts.prunes} of this model.",
+            f"Removing {asked:.0%} of '{of}' needs more than all that {recipe.method.name} removes from in this model.",
             code="target_unreachable",
-            hint=f"At most {recipe.sparsity.fraction / fraction:.1%} of '{recipe.sparsity.of}' is {facts.prunes}; ask for less.",
+            hint=hint,
             pointer="/sparsity",
         )
     return Target(fraction=fraction)
@@ -159,7 +173,7 @@ def target_of(recipe: Recipe, dense: Parameters) -> Target:
 def _state_fingerprint(recipe: Recipe, weights: str, tokens: Tensor | None) -> str:
     """Of everything that the pruned blocks depend on."""
     digest = hashlib.sha256(weights.encode())
-    digest.update(recipe.model_dump_json(include={"method", "sparsity", "output"}).encode())
+    digest.update(recipe.model_dump_json(include={"method", "sparsity", "allocation", "restoration", "output"}).encode())
     if tokens is not None:
         digest.update(tokens.numpy().tobytes())
     for file in sorted(Path(__file__).parent.rglob("*.py")):
@@ -192,21 +206,20 @@ def _measure(
     )
 
 
-def _prune(recipe: Recipe, stream: BlockStream, target: Target, tokens: Tensor | None, state: WalkState, progress: Progress) -> Pruned:
-    dtype = None if recipe.output.dtype == "source" else getattr(torch, recipe.output.dtype)
-    return prune(
-        Pruning(
-            stream=stream,
-            config=recipe.method,
-            target=target,
-            tokens=tokens,
-            layout=recipe.output.layout,
-            dtype=dtype,
-            state=state,
-            block_done=lambda index: progress.step(index + 1, len(stream)),
-        ),
-        PRUNERS[recipe.method.name],
-    )
+def _prune(
+    recipe: Recipe, stream: BlockStream, target: Target | None, tokens: Tensor | None, texts: dict[str, Path], state: WalkState, progress: Progress
+) -> Pruned:
+    def perplexity_of(edit: Edit) -> float:
+        assert recipe.evaluation is not None
+        windows = leading_windows(tokenize(stream.source.folder, recipe.evaluation.source, texts), recipe.evaluation)
+        scratch = _scratch(state.work / "budget")
+        value = perplexity(stream, windows, scratch, edit=edit)
+        shutil.rmtree(scratch)
+        progress.log(f"A try for the budget has a perplexity of {value:.4g}.")
+        return value
+
+    run = Pruning(stream=stream, recipe=recipe, tokens=tokens, state=state, block_done=progress.step, perplexity=perplexity_of)
+    return prune(run, PRUNERS[recipe.method.name], target)
 
 
 def _write(recipe: Recipe, source: Source, pruned: Pruned, out: Path) -> None:
@@ -214,7 +227,7 @@ def _write(recipe: Recipe, source: Source, pruned: Pruned, out: Path) -> None:
     for folder in ("checkpoint", "padded"):
         shutil.rmtree(out / folder, ignore_errors=True)
     shutil.copytree(pruned.folder, out / "checkpoint", copy_function=_link)
-    finish(out / "checkpoint", source, pruned.widths, recipe.output.layout, recipe.output.dtype)
+    finish(out / "checkpoint", source, pruned.kept, recipe.output.layout, recipe.output.dtype, pruned.switches)
     if recipe.output.padded:
         write_padded(out / "checkpoint", out / "padded")
 
@@ -289,9 +302,8 @@ class Progress:
 
 def _costs(recipe: Recipe, stream: BlockStream, tokens: Tensor | None) -> dict[str, float]:
     """What each phase costs, in tokens that pass all blocks; the constants are from SmolLM2-135M on two cores."""
-    facts = METHODS[recipe.method.name][1]
-    calibrated = 0 if tokens is None else tokens.numel() * (1 if facts.structured else 2)
-    costs = {"prune": calibrated + 1000.0, "write": 300.0, "verify": 3000.0}
+    passes = 1 if recipe.facts.structured and recipe.restoration is None else 3
+    costs = {"prune": (0 if tokens is None else tokens.numel() * passes) + 1000.0, "write": 300.0, "verify": 3000.0}
     if recipe.evaluation is not None:
         evaluated = recipe.evaluation.windows * recipe.evaluation.sequence_length * 1.5 + (5000.0 if recipe.evaluation.speed else 0.0)
         costs |= {"evaluate_dense": evaluated, "evaluate": evaluated}
@@ -316,16 +328,19 @@ def _scratch(folder: Path) -> Path:
     return folder
 
 
-def _notes(recipe: Recipe, target: Target, pruned: Pruned) -> list[str]:
-    notes = []
-    facts = METHODS[recipe.method.name][1]
-    if not facts.structured:
+def _notes(recipe: Recipe, target: Target | None, pruned: Pruned, before: Parameters, after: Parameters) -> list[str]:
+    notes = list(pruned.notes)
+    if not recipe.facts.structured:
         notes.append("The zeros are stored: they save neither time nor memory in transformers or vLLM. A structured method does.")
-    if facts.structured and recipe.output.layout == "uniform":
-        notes.append("The uniform layout gives every layer the same width, so coarse importance is reported but allots nothing.")
-    removed = 1 - sum(pruned.widths) / sum(layer.ffn_channels_before for layer in pruned.layers)
-    if facts.structured and abs(removed - target.fraction) > 0.5 / min(layer.ffn_channels_before for layer in pruned.layers):
-        notes.append(f"{removed:.2%} of the FFN channels were removed instead of {target.fraction:.2%}, because widths are whole and bounded.")
+    if recipe.denominator == "ffn" and recipe.facts.structured and target is not None:
+        removed = 1 - after.ffn / before.ffn
+        if abs(removed - target.fraction) > 0.5 / min(layer.ffn_channels_before for layer in pruned.layers):
+            notes.append(f"{removed:.2%} of the FFN channels were removed instead of {target.fraction:.2%}, because widths are whole and bounded.")
+    elif recipe.facts.structured and target is not None:
+        removed = 1 - after.decoder / before.decoder
+        notes.append(
+            f"{removed:.2%} of the decoder's linear weights were removed; {recipe.facts.prunes} are whole, so the target is met as nearly as they allow."
+        )
     return notes
 
 

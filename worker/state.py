@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ def sha256_of(path: Path) -> str:
 
 
 class WalkState:
-    """`state.json` in the work directory: a fingerprint of everything that the result depends on, and a record for each finished block.
+    """`state.json` in the work directory: a fingerprint of everything that the result depends on, and for each walk a record of every finished block.
 
     A record names the files that the block left (path relative to the work directory -> sha256) and the facts about it. The input of the next block is
-    verified too, where the method computes one.
+    verified too, where the walk computes one.
     """
 
     def __init__(self, work: Path, fingerprint: str) -> None:
         self.work = work
         self.path = work / "state.json"
         self.fingerprint = fingerprint
-        self.blocks: list[dict[str, Any]] = []
+        self._walks: dict[str, list[dict[str, Any]]] = {}
         self.refused: str | None = None  # why an earlier state was not gone on with
 
     @classmethod
@@ -42,32 +43,41 @@ class WalkState:
             state._save()
         return state
 
+    def blocks(self, walk: str) -> list[dict[str, Any]]:
+        """The records of a walk, in the order of the blocks."""
+        return self._walks.get(walk, [])
+
+    @property
+    def finished(self) -> int:
+        """Blocks finished in all walks."""
+        return sum(len(blocks) for blocks in self._walks.values())
+
     def _load(self) -> str | None:
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-            fingerprint, blocks = stored["fingerprint"], list(stored["blocks"])
+            fingerprint, walks = stored["fingerprint"], dict(stored["walks"])
         except (ValueError, KeyError, TypeError):
             return "its state can't be read"
         if fingerprint != self.fingerprint:
             return "the model, the recipe, the text or the code is another one"
-        expected = {path: digest for block in blocks for path, digest in block["files"].items()}
-        if blocks and blocks[-1]["next_input"]:
-            expected.update([blocks[-1]["next_input"]])
+        expected = {path: digest for blocks in walks.values() for block in blocks for path, digest in block["files"].items()}
+        expected.update(blocks[-1]["next_input"] for blocks in walks.values() if blocks[-1]["next_input"])
         for path, digest in expected.items():
             if not (self.work / path).is_file() or sha256_of(self.work / path) != digest:
                 return f"{path} is damaged"
-        self.blocks = blocks
+        self._walks = walks
         return None
 
-    def finish_block(self, files: dict[str, str], facts: dict[str, Any], next_input: tuple[str, str] | None) -> None:
-        """Record a block whose files are on disk; `next_input` is (path, sha256) of the next block's input."""
-        self.blocks.append({"files": files, "facts": facts, "next_input": next_input})
+    def finish_block(self, walk: str, files: Sequence[Path], facts: dict[str, Any], next_input: tuple[str, str] | None) -> None:
+        """Record a block whose files are whole; `next_input` is (path, sha256) of the next block's input, None after the last."""
+        digests = {str(file.relative_to(self.work)): sha256_of(file) for file in files}
+        self._walks.setdefault(walk, []).append({"files": digests, "facts": facts, "next_input": next_input})
         self._save()
 
     def _save(self) -> None:
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as stream:
-            json.dump({"fingerprint": self.fingerprint, "blocks": self.blocks}, stream)
+            json.dump({"fingerprint": self.fingerprint, "walks": self._walks}, stream)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self.path)

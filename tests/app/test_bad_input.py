@@ -46,7 +46,7 @@ def pointers(problem: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "pointer", "words"),
     [
-        ({"method": "prune-all"}, "/method", "'prune-all' is not one of 'magnitude', 'wanda', 'cfsp'"),
+        ({"method": "prune-all"}, "/method", "'prune-all' is not one of 'magnitude', 'wanda', 'sparsegpt', 'cfsp'"),
         ({"method": {"mode": "code"}}, "/method", "name"),
         ({"method": 5}, "/method", ""),
         ({"method": None}, "/method", ""),
@@ -237,7 +237,7 @@ def truncate(folder: Path) -> None:
     [
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickle_weights"),
         (edit_config(auto_map={"AutoModel": "evil.Model"}), "auto_map"),
-        (edit_config(model_type="gpt2"), "unsupported_model_type"),
+        (edit_config(model_type="mamba"), "unsupported_model_type"),
         (truncate, "checkpoint_truncated"),
         (drop("tokenizer.json"), "tokenizer_missing"),
         (drop("model.safetensors"), "weights_missing"),

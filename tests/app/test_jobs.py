@@ -303,7 +303,7 @@ def example(schema: dict[str, Any], definitions: dict[str, Any] | None = None) -
 
 def test_methods(api: Api) -> None:
     methods = {method["name"]: method for method in api.get("/v1/methods").json()["items"]}
-    assert set(methods) == {"magnitude", "wanda", "cfsp"}
+    assert set(methods) == {"magnitude", "wanda", "sparsegpt", "cfsp", "flap", "depth", "experts"}
     assert methods["cfsp"]["denominator"] == "ffn"
     assert methods["cfsp"]["parameters"]["properties"]["mode"]["enum"] == ["combined", "paper", "code"]
     assert methods["wanda"]["patterns"] is True

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from app.recipe import CFSP, METHODS, MODEL_ID, Fraction, Magnitude, MethodConfig, MethodName, Pattern, Recipe, Wanda
+from app.recipe import CFSP, METHODS, MODEL_ID, Coarse, Fraction, Magnitude, MethodConfig, MethodName, Owl, Pattern, Recipe, Structured, Uniform, Wanda, ZScore
 
 
 def recipe(**values: Any) -> Recipe:
@@ -129,7 +129,7 @@ def test_bad_sparsities_in_json_text_are_refused(number: str) -> None:
         Recipe.model_validate_json(f'{{"method": "cfsp", "sparsity": {number}}}')
 
 
-@pytest.mark.parametrize("method", ["wandaa", "", "Wanda", None, 3, [], {}, {"name": "flap"}, {"name": None}, {"mode": "code"}, ["cfsp"], True])
+@pytest.mark.parametrize("method", ["wandaa", "", "Wanda", None, 3, [], {}, {"name": "obc"}, {"name": None}, {"mode": "code"}, ["cfsp"], True])
 def test_unknown_methods_are_refused_at_their_field(method: Any) -> None:
     refused = faults(method=method)
     assert all(path.split("/")[0] == "method" for path, _ in refused)
@@ -146,10 +146,18 @@ def test_an_unknown_method_is_answered_with_the_known_ones() -> None:
         ({"colour": "red"}, "colour"),
         ({"method": {"name": "wanda", "mode": "code"}}, "method/wanda/mode"),
         ({"method": {"name": "cfsp", "mode": "papers"}}, "method/cfsp/mode"),
-        ({"method": {"name": "cfsp", "max_layer_width": 0}}, "method/cfsp/max_layer_width"),
-        ({"method": {"name": "cfsp", "max_layer_width": 1.1}}, "method/cfsp/max_layer_width"),
+        ({"method": {"name": "cfsp", "units": "heads"}}, "method/cfsp/units"),
+        ({"method": {"name": "sparsegpt", "damping": 0}}, "method/sparsegpt/damping"),
+        ({"allocation": {"name": "coarse", "max_layer_share": 0}}, "allocation/coarse/max_layer_share"),
+        ({"allocation": {"name": "coarse", "max_layer_share": 1.1}}, "allocation/coarse/max_layer_share"),
+        ({"allocation": {"name": "given", "sparsities": [0.2, 1.0]}}, "allocation/given/sparsities/1"),
+        ({"allocation": {"name": "owl", "threshold": 1}}, "allocation/owl/threshold"),
+        ({"restoration": {"name": "least_squares", "ridge": 0}}, "restoration/least_squares/ridge"),
+        ({"restoration": {"name": "swaps", "rounds": 0}}, "restoration/swaps/rounds"),
         ({"method": {"name": "cfsp", "multiple_of": 0}}, "method/cfsp/multiple_of"),
-        ({"method": {"name": "cfsp", "allocation_strength": float("nan")}}, "method/cfsp/allocation_strength"),
+        ({"allocation": {"name": "coarse", "strength": float("nan")}}, "allocation/coarse/strength"),
+        ({"sparsity": {"target_parameters": 0}}, "sparsity/Budget/target_parameters"),
+        ({"sparsity": {"max_perplexity_increase": 0}}, "sparsity/Budget/max_perplexity_increase"),
         ({"calibration": {"samples": 0}}, "calibration/samples"),
         ({"calibration": {"sequence_length": 7}}, "calibration/sequence_length"),
         ({"calibration": {"seed": -1}}, "calibration/seed"),
@@ -178,6 +186,17 @@ def test_bad_fields_are_refused_with_their_path(values: dict[str, Any], path: st
         ({"method": "cfsp", "sparsity": "2:4"}, "the pattern 2:4 is not possible"),
         ({"method": "wanda", "output": {"layout": "per_layer"}}, "keeps all shapes"),
         ({"output": {"padded": True}}, "set output.layout to 'per_layer'"),
+        ({"method": "depth", "output": {"layout": "per_layer"}}, "all layers stay alike"),
+        ({"method": "depth", "allocation": "owl"}, "leaves nothing to allot"),
+        ({"method": "cfsp", "allocation": "owl"}, "set output.layout to 'per_layer'"),
+        ({"method": "wanda", "sparsity": "2:4", "allocation": "owl"}, "the same in every layer"),
+        ({"method": "wanda", "sparsity": 0.5, "allocation": {"name": "given", "sparsities": [0.5, 0.7]}}, "mean of allocation.sparsities is 0.6"),
+        ({"method": "wanda", "sparsity": {"fraction": 0.5, "of": "all"}, "allocation": {"name": "given", "sparsities": [0.5]}}, "plain number"),
+        ({"method": "wanda", "sparsity": {"target_bytes": 1000}}, "no budget bounds its result"),
+        ({"sparsity": {"max_perplexity_increase": 0.1}, "evaluation": None}, "leave evaluation in"),
+        ({"sparsity": {"target_bytes": 1, "target_parameters": 1}}, "a budget is one bound, not 2"),
+        ({"method": "cfsp", "restoration": "swaps"}, "possible: least_squares"),
+        ({"method": "sparsegpt", "restoration": "swaps"}, "possible: none"),
     ],
 )
 def test_combinations_that_can_not_be_are_refused(values: dict[str, Any], words: str) -> None:
@@ -220,8 +239,33 @@ def test_methods_agree_with_the_union_and_with_the_names() -> None:
 def test_a_method_calibrates_or_says_that_it_does_not() -> None:
     for config, facts in METHODS.values():
         assert facts.calibrates or "no calibration" in (config.__doc__ or "")
-        assert facts.denominator == ("ffn" if "FFN" in facts.prunes else "decoder")
         assert not (facts.structured and facts.patterns)
+        assert "swaps" not in facts.restorations or not facts.structured
+        assert "least_squares" not in facts.restorations or issubclass(config, Structured)
+
+
+@pytest.mark.parametrize(
+    ("method", "denominator"),
+    [
+        ("wanda", "decoder"),
+        ("cfsp", "ffn"),
+        ({"name": "cfsp", "units": "attention"}, "attention"),
+        ("flap", "decoder"),
+        ("depth", "blocks"),
+        ("experts", "experts"),
+    ],
+)
+def test_a_plain_sparsity_is_a_fraction_of_what_the_method_removes_from(method: Any, denominator: str) -> None:
+    assert recipe(method=method).denominator == denominator
+
+
+def test_layers_share_the_sparsity_as_published_where_the_layout_lets_them() -> None:
+    assert recipe(method="cfsp").allots == Uniform()
+    assert recipe(method="cfsp", output={"layout": "per_layer"}).allots == Coarse()
+    assert recipe(method="flap", output={"layout": "per_layer"}).allots == ZScore()
+    assert recipe(method="flap", output={"layout": "per_layer"}, allocation="owl").allots == Owl()
+    assert recipe(method="wanda", allocation="coarse").allots == Coarse()
+    assert recipe(method="wanda").allots == recipe(method="depth").allots == Uniform()
 
 
 def every_object(schema: Any) -> list[dict[str, Any]]:
@@ -247,7 +291,7 @@ def test_the_schema_documents_every_parameter() -> None:
 
 def test_the_schema_admits_the_short_forms() -> None:
     properties = Recipe.model_json_schema()["properties"]
-    assert {"magnitude", "wanda", "cfsp"} in [set(option.get("enum", ())) for option in properties["method"]["anyOf"]]
+    assert set(METHODS) in [set(option.get("enum", ())) for option in properties["method"]["anyOf"]]
     assert {"number", "string"} <= {option.get("type") for option in properties["sparsity"]["anyOf"]}
 
 

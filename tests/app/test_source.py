@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from app.architecture import ARCHITECTURES
 from app.exceptions import RecipeError
 from app.recipe import Recipe
 from app.source import check_recipe, read_header, read_source
@@ -59,13 +60,13 @@ def refusal(folder: Path) -> RecipeError:
     return refused.value
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_whole_folders_pass(tmp_path: Path, model_type: str, tied: bool) -> None:
     source = read_source(make_checkpoint(tmp_path, model_type, tied=tied))
     assert source.model_type == model_type
     assert source.weight_bytes == (tmp_path / "model.safetensors").stat().st_size
-    assert ("lm_head.weight" in source.tensors) is not tied
+    assert (ARCHITECTURES[model_type].head in source.tensors) is not tied
 
 
 def test_entries_locate_the_stored_bytes(sharded: Path) -> None:
@@ -117,7 +118,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer config broken": (text("tokenizer_config.json", "{"), "tokenizer_invalid"),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer_missing"),
     "quantized": (set_config(quantization_config={"quant_method": "gptq"}), "quantized_model"),
-    "unknown type": (set_config(model_type="gpt2"), "unsupported_model_type"),
+    "unknown type": (set_config(model_type="mamba"), "unsupported_model_type"),
     "type of a wrong type": (set_config(model_type=["llama"]), "unsupported_model_type"),
     "no width": (lambda folder: edit_json(folder / "config.json", lambda config: config.pop("intermediate_size")), "config_invalid"),
     "width as a string": (set_config(hidden_size="32"), "config_invalid"),
@@ -125,6 +126,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no layers": (set_config(num_hidden_layers=0), "config_invalid"),
     "head_dim as a string": (set_config(head_dim="8"), "config_invalid"),
     "negative KV heads": (set_config(num_key_value_heads=-1), "config_invalid"),
+    "KV heads that share no heads evenly": (set_config(num_key_value_heads=3), "config_invalid"),
+    "layers of their own as a list": (set_config(per_layer_config=[{"intermediate_size": 48}]), "config_invalid"),
+    "a layer of its own without a number": (set_config(per_layer_config={"first": {"intermediate_size": 48}}), "config_invalid"),
+    "a width of a layer's own as a string": (set_config(per_layer_config={"0": {"intermediate_size": "48"}}), "config_invalid"),
+    "another width of a layer's own": (set_config(per_layer_config={"0": {"intermediate_size": 40}}), "weights_do_not_fit"),
+    "other heads of a layer's own": (set_config(per_layer_config={"1": {"num_attention_heads": 2, "num_key_value_heads": 1}}), "weights_do_not_fit"),
+    "biases that are not there": (set_config(attention_bias=True), "weights_incomplete"),
     "no weights": (remove("model.safetensors"), "weights_missing"),
     "pickles only": (only_pickles, "pickle_weights"),
     "a layer too few": (set_config(num_hidden_layers=3), "weights_incomplete"),
@@ -140,6 +148,55 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_unfit_folders_are_refused(whole: Path, tmp_path: Path, case: str) -> None:
     change, code = FOLDERS[case]
     folder = copy(whole, tmp_path)
+    change(folder)
+    assert refusal(folder).code == code
+
+
+# What to change in the header for a tensor that its family must have, with the code and words of the refusal. The bytes stay.
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any], str], object], str, str]] = {
+    "missing": (lambda header, name: header.update({f"old.{name}": header.pop(name)}), "weights_incomplete", "lacks the tensor {}."),
+    "of another shape": (lambda header, name: header[name].update(shape=[*header[name]["shape"], 1]), "weights_do_not_fit", "{} of 'model' is"),
+    "of another type": (lambda header, name: header[name].update(dtype="I32"), "unsupported_dtype", "{} of 'model' is stored as I32"),
+}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_tensor_of_every_family_is_checked(model_type: str, damage: str, tmp_path: Path) -> None:
+    change, code, words = DAMAGES[damage]
+    folder = make_checkpoint(tmp_path / "model", model_type, layers=2)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for name in read_header(weights):
+        edit_header(weights, lambda header, name=name: change(header, name))  # type: ignore[misc]
+        refused = refusal(folder)
+        assert (refused.code, words.format(name) in refused.message) == (code, True), refused.message
+        weights.write_bytes(whole)
+
+
+FAMILIES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "an expert too few": ("mixtral", set_config(num_local_experts=5), "weights_do_not_fit"),
+    "a great many experts too few": ("mixtral", set_config(num_local_experts=10**12), "weights_do_not_fit"),
+    "experts of another width": ("qwen3_moe", set_config(moe_intermediate_size=40), "weights_do_not_fit"),
+    "a number of experts as a string": ("qwen3_moe", set_config(num_experts="5"), "config_invalid"),
+    "another block dense": ("qwen3_moe", set_config(mlp_only_layers=[0]), "weights_incomplete"),
+    "dense blocks as a number": ("qwen3_moe", set_config(mlp_only_layers=0), "config_invalid"),
+    "no steps": ("qwen3_moe", set_config(decoder_sparse_step=0), "config_invalid"),
+    "a head size left out": ("gemma2", lambda folder: edit_json(folder / "config.json", lambda config: config.pop("head_dim")), "weights_do_not_fit"),
+    "more KV heads in one matrix": ("phi3", set_config(num_key_value_heads=4), "weights_do_not_fit"),
+    "no projection": ("opt", set_config(word_embed_proj_dim=16), "weights_do_not_fit"),
+    "norms without weights": ("opt", set_config(layer_norm_elementwise_affine=False), "unsupported_config"),
+    "more positions": ("opt", set_config(max_position_embeddings=4096), "weights_do_not_fit"),
+    "attention to another text": ("gpt2", set_config(add_cross_attention=True), "unsupported_config"),
+    "width left open": ("gpt2", set_config(n_inner=None), "weights_do_not_fit"),
+    "heads under another name": ("gpt2", set_config(n_head=None, num_attention_heads=4), "config_invalid"),
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_what_only_a_family_has_is_checked(case: str, tmp_path: Path) -> None:
+    model_type, change, code = FAMILIES[case]
+    folder = make_checkpoint(tmp_path / "model", model_type)
     change(folder)
     assert refusal(folder).code == code
 
@@ -299,6 +356,13 @@ def test_a_pattern_must_fit_the_widths(tmp_path: Path) -> None:
         check_recipe(Recipe.model_validate({"method": "wanda", "sparsity": "2:4"}), source)
     assert (refused.value.code, refused.value.pointer) == ("pattern_does_not_fit", "/sparsity")
     assert "intermediate_size is 42" in refused.value.message
+
+
+def test_a_pattern_must_fit_every_kind_of_block(tmp_path: Path) -> None:
+    source = read_source(make_checkpoint(tmp_path, "qwen3_moe", mlp_only_layers=[2], moe_intermediate_size=20))
+    check_recipe(Recipe.model_validate({"method": "wanda", "sparsity": "2:4"}), source)
+    with pytest.raises(RecipeError, match="moe_intermediate_size is 20"):
+        check_recipe(Recipe.model_validate({"method": "wanda", "sparsity": "4:8"}), source)
 
 
 def test_a_per_layer_checkpoint_is_read_and_not_pruned_again(whole: Path, tmp_path: Path) -> None:

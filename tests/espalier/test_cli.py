@@ -84,7 +84,21 @@ def a_report() -> dict[str, Any]:
         parameters_before=parameters(1),
         parameters_after=parameters(0.5),
         sparsity=Sparsities(ffn=0.2, decoder=0.1, non_embedding=0.1, all=0.1),
-        layers=[LayerReport(index=0, ffn_channels=40, ffn_channels_before=50, weights=500, zeros=0, importance=0.5)],
+        layers=[
+            LayerReport(
+                index=0,
+                dropped=False,
+                ffn_channels=40,
+                ffn_channels_before=50,
+                kv_groups=2,
+                kv_groups_before=2,
+                experts=None,
+                experts_before=None,
+                weights=500,
+                zeros=0,
+                importance=0.5,
+            )
+        ],
         calibration=text_used(),
         loads_with=[LoadCheck(layout="uniform", loader="transformers", max_logit_difference=0.0, checked="logits")],
         seconds={"prune": 1.5},

@@ -57,10 +57,10 @@ def test_the_whole_worker_is_killed_in_the_middle_of_pruning(service: Service) -
     job_id = service.submit(model="llama")
     worker = service.start_worker("worker.celery")
     state = service.settings.work_dir / job_id / "work" / "state.json"
-    jobs.wait_until(lambda: state.exists() and len(json.loads(state.read_bytes())["blocks"]) >= 2, 60, "two pruned blocks", pause=0.005)
+    jobs.wait_until(lambda: state.exists() and len(next(iter(json.loads(state.read_bytes())["walks"].values()), [])) >= 2, 60, "two pruned blocks", pause=0.005)
     for engine in service.engines(worker):
         engine.suspend()
-    blocks = len(json.loads(state.read_bytes())["blocks"])
+    blocks = len(next(iter(json.loads(state.read_bytes())["walks"].values()), []))
     assert blocks < 12
     jobs.wait_until(lambda: jobs.get(service.database, job_id).phase == "prune", 10, "the phase")
     service.kill_tree(worker)

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from app.recipe import Recipe
 from app.report import LayerReport, LoadCheck, Measured, Parameters, Perplexity, Report, Sparsities, Speed, TextUsed
 from app.source import read_source
-from tests.models import load_model, make_checkpoint, pruned_checkpoint
+from tests.models import layer_report, load_model, make_checkpoint, pruned_checkpoint
 from worker.checkpoint import checkpoint_bytes, finish, masks_name, model_card, read_masks, shard_name, write_masks, write_padded, write_shard
 
 MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -108,7 +108,7 @@ def test_a_checkpoint_without_a_shard_is_not_finished(tmp_path: Path) -> None:
     folder = pruned_checkpoint(source, tmp_path / "pruned", WIDTHS, "per_layer")
     (folder / shard_name(2, 4)).unlink()
     with pytest.raises(FileNotFoundError):
-        finish(folder, source, WIDTHS, "per_layer", "source")
+        finish(folder, source, [layer_report(source, layer, width) for layer, width in enumerate(WIDTHS)], "per_layer", "source")
 
 
 def test_per_layer_config_is_as_transformers_writes_it(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_per_layer_of_one_width_is_uniform(tmp_path: Path) -> None:
 
 def test_uniform_refuses_different_widths(tmp_path: Path) -> None:
     source = read_source(make_checkpoint(tmp_path / "source", "llama"))
-    with pytest.raises(ValueError, match="one width"):
+    with pytest.raises(ValueError, match="one size"):
         pruned_checkpoint(source, tmp_path / "pruned", WIDTHS, "uniform")
 
 
@@ -276,7 +276,19 @@ def make_report(recipe: dict[str, Any], layouts: list[Literal["uniform", "per_la
         parameters_after=parameters(210_000, 11),
         sparsity=Sparsities(ffn=0.3, decoder=0.1304, non_embedding=0.1286, all=0.0692),
         layers=[
-            LayerReport(index=index, ffn_channels=width, ffn_channels_before=1000, weights=9, zeros=0, importance=0.1)
+            LayerReport(
+                index=index,
+                dropped=False,
+                ffn_channels=width,
+                ffn_channels_before=1000,
+                kv_groups=2,
+                kv_groups_before=2,
+                experts=None,
+                experts_before=None,
+                weights=9,
+                zeros=0,
+                importance=0.1,
+            )
             for index, width in enumerate((600, 800, 700))
         ],
         calibration=TextUsed(source="c4", sha256="ef" * 32, tokens=90_000, used_tokens=16_384, bos_added=True),
@@ -321,7 +333,7 @@ def test_the_card_says_what_was_lost_and_gained() -> None:
     assert rows["padded"] == ["transformers 5.23.0", "1.25e-05"]
     assert "30.00% of the FFN weights, 13.04% of the decoder's linear weights, 12.86% of the parameters but embeddings, 6.92% of all parameters" in card
     assert "`c4`, sha256 `" + "ef" * 32 + "`, 16,384 of 90,000 tokens, with a begin-of-sequence token" in card
-    assert "FFN channels by layer: 600, 800, 700" in card
+    assert "0: 600 channels and 2 KV groups; 1: 800 channels and 2 KV groups; 2: 700 channels and 2 KV groups" in card
     assert "- Widths were rounded." in card
 
 

@@ -147,6 +147,6 @@ def test_a_full_disk_is_said_and_can_be_gone_on_from(text: Path, tmp_path: Path)
         subprocess.run(["mount", "-o", "remount,size=100m", str(small)], check=True)
         code, events, stderr = finished(engine(recipe, source, tmp_path / "out", text, "--work", str(small / "work")))
         assert code == 0, stderr
-        assert any("Goes on at block" in event.get("message", "") for event in events)
+        assert any("Goes on after" in event.get("message", "") for event in events)
     finally:
         subprocess.run(["umount", str(small)], check=True)

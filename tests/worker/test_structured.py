@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import linear, silu
 
-from worker.architecture import ARCHITECTURES
-from worker.structured import integer_widths, slice_channels
+from app.architecture import ARCHITECTURES
+from app.source import read_source
+from tests.models import make_checkpoint
+from worker.blocks import BlockStream
+from worker.calibration import forward
+from worker.structured import Keep, group_cost, integer_widths, kept_columns, slice_block
 
 
 @given(
@@ -41,31 +46,73 @@ def test_a_multiple_that_no_width_has_is_an_error() -> None:
         integer_widths([1.0], 64, 100, multiple_of=128)
 
 
-def test_slicing_removes_the_channels_from_all_three_matrices_and_the_biases() -> None:
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2", "mixtral"])
+def test_slicing_channels_equals_zeroing_them(model_type: str, tmp_path: Path) -> None:
+    source = read_source(make_checkpoint(tmp_path / "dense", model_type, layers=2, ffn=12, hidden=16))
+    stream, architecture = BlockStream(source), ARCHITECTURES[model_type]
+    tensors = stream.block_tensors(1)
+    mlps = architecture.mlps(source.config, 1)
     generator = torch.Generator().manual_seed(0)
+    masks = tuple(torch.rand(12, generator=generator).argsort() < 7 for _ in mlps)
+    sliced = slice_block(tensors, architecture, source.config, 1, Keep(channels=masks))
+    zeroed = stream.with_weights(tensors, 1, {mlp.down: stream.weight(tensors, 1, mlp.down) * mask for mlp, mask in zip(mlps, masks, strict=True)})
+    for mlp in mlps:
+        assert stream.weight(sliced, 1, mlp.down).shape == (16, 7)
+        assert sum(stream.weight(sliced, 1, name).shape[0] for name in mlp.outer) == 7 * (len(mlp.outer) * mlp.parts)
+    same_outputs(stream, sliced, zeroed)
 
-    def rand(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
 
-    architecture, prefix = ARCHITECTURES["llama"], "model.layers.3."
-    tensors = {
-        f"{prefix}mlp.gate_proj.weight": rand(12, 5),
-        f"{prefix}mlp.gate_proj.bias": rand(12),
-        f"{prefix}mlp.up_proj.weight": rand(12, 5),
-        f"{prefix}mlp.up_proj.bias": rand(12),
-        f"{prefix}mlp.down_proj.weight": rand(5, 12),
-        f"{prefix}mlp.down_proj.bias": rand(5),
-        f"{prefix}input_layernorm.weight": rand(5),
-    }
-    keep = torch.tensor([True, False, True, True] * 3)
-    sliced = slice_channels(tensors, prefix, architecture, keep)
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "qwen3", "qwen2", "gemma2"])
+def test_slicing_groups_equals_zeroing_their_columns(model_type: str, tmp_path: Path) -> None:
+    source = read_source(make_checkpoint(tmp_path / "dense", model_type, layers=2, heads=8, kv_heads=4, hidden=32))
+    stream, architecture = BlockStream(source), ARCHITECTURES[model_type]
+    tensors, output = stream.block_tensors(1), architecture.attention.output
+    keep = Keep(groups=torch.tensor([True, False, True, True]))
+    columns = kept_columns(keep, architecture, source.config)
+    assert columns is not None
+    size = architecture.dimensions(source.config)
+    assert columns.view(4, -1).all(1).tolist() == [True, False, True, True]
+    assert len(columns) == size.heads * size.head_dim
+    sliced = slice_block(tensors, architecture, source.config, 1, keep)
+    zeroed = stream.with_weights(tensors, 1, {output: stream.weight(tensors, 1, output) * columns})
+    removed = sum(tensor.numel() for tensor in tensors.values()) - sum(tensor.numel() for tensor in sliced.values())
+    biases = 4 * size.head_dim if model_type == "qwen2" else 0
+    assert removed == group_cost(architecture, source.config) + biases
+    same_outputs(stream, sliced, zeroed)
 
-    def mlp(weights: dict[str, torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
-        part = {name.removeprefix(f"{prefix}mlp."): weight for name, weight in weights.items()}
-        inner = silu(linear(x, part["gate_proj.weight"], part["gate_proj.bias"])) * linear(x, part["up_proj.weight"], part["up_proj.bias"])
-        return linear(inner if mask is None else inner * mask, part["down_proj.weight"], part["down_proj.bias"])
 
-    x = rand(7, 5)
-    torch.testing.assert_close(mlp(sliced, None), mlp(tensors, keep.float()))
-    assert sliced[f"{prefix}mlp.down_proj.weight"].shape == (5, 9)
-    assert sliced[f"{prefix}input_layernorm.weight"] is tensors[f"{prefix}input_layernorm.weight"]
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_that_stay_are_numbered_anew(model_type: str, tmp_path: Path) -> None:
+    source = read_source(make_checkpoint(tmp_path / "dense", model_type, layers=2))
+    stream, architecture = BlockStream(source), ARCHITECTURES[model_type]
+    tensors, router = stream.block_tensors(0), architecture.router(source.config, 0)
+    count = architecture.expert_count(source.config)
+    keep = torch.ones(count, dtype=torch.bool)
+    keep[1] = False
+    sliced = slice_block(tensors, architecture, source.config, 0, Keep(experts=keep))
+    old, new = architecture.mlps(source.config, 0), architecture.mlps(source.config, 0)[: count - 1]
+    prefix = architecture.block_prefix(0)
+    for expert, number in zip(new, [0, *range(2, count)], strict=True):
+        for name, before in zip(expert.linears, old[number].linears, strict=True):
+            assert torch.equal(sliced[f"{prefix}{name}.weight"], tensors[f"{prefix}{before}.weight"])
+    assert torch.equal(sliced[f"{prefix}{router}.weight"], tensors[f"{prefix}{router}.weight"][keep])
+    assert len(sliced) == len(tensors) - 3
+
+
+def test_what_stays_whole_is_not_copied(tmp_path: Path) -> None:
+    source = read_source(make_checkpoint(tmp_path / "dense", "llama"))
+    stream = BlockStream(source)
+    tensors = stream.block_tensors(0)
+    sliced = slice_block(tensors, stream.architecture, source.config, 0, Keep())
+    assert all(sliced[name] is tensor for name, tensor in tensors.items())
+
+
+def same_outputs(stream: BlockStream, one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    x = torch.randn(2, 6, int(stream.config.hidden_size), generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for tensors in (one, other):
+        out = torch.empty_like(x)
+        forward(stream.materialise(1, tensors), stream.block_arguments(6)[1], x, out)
+        outputs.append(out)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(outputs[0], x)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from worker.pruners import cfsp, magnitude, wanda
+from worker.pruners import cfsp, depth, experts, flap, magnitude, sparsegpt, wanda
 from worker.pruners.base import Pruner
 
 PRUNERS: dict[str, Pruner] = {
     "magnitude": magnitude.PRUNER,
     "wanda": wanda.PRUNER,
+    "sparsegpt": sparsegpt.PRUNER,
     "cfsp": cfsp.PRUNER,
+    "flap": flap.PRUNER,
+    "depth": depth.PRUNER,
+    "experts": experts.PRUNER,
 }

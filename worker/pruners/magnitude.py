@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from app.recipe import Magnitude
-from worker.calibration import InputNorms
+from worker.calibration import InputStatistics
 from worker.masks import keep_largest, keep_largest_per_row, keep_n_of_m
-from worker.pruners.base import MaskPruner, Target, Weights
+from worker.pruners.base import Masked, MaskPruner, Target, Weights
 
 
 def mask(weight: Tensor, target: Target, compare: str = "matrix") -> Tensor:
@@ -24,8 +24,8 @@ def mask(weight: Tensor, target: Target, compare: str = "matrix") -> Tensor:
     return keep_largest(score, weight.numel() - round(weight.numel() * target.fraction))
 
 
-def _masks(weights: Weights, norms: InputNorms, config: Magnitude, target: Target) -> dict[str, Tensor]:
-    return {name: mask(weight, target, config.compare) for name, weight in weights.items()}
+def _prune(weights: Weights, statistics: InputStatistics | None, config: Magnitude, target: Target) -> Masked:
+    return Masked({name: mask(weight, target, config.compare) for name, weight in weights.items()})
 
 
-PRUNER = MaskPruner(masks=_masks, calibrates=False)
+PRUNER = MaskPruner(prune=_prune, statistics=frozenset())

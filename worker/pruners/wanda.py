@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from app.recipe import Wanda
-from worker.calibration import InputNorms
+from worker.calibration import InputStatistics
 from worker.masks import keep_by_row_share, keep_largest_per_row, keep_n_of_m
-from worker.pruners.base import MaskPruner, Target, Weights
+from worker.pruners.base import Masked, MaskPruner, Target, Weights
 
 
 def score(weight: Tensor, input_norm: Tensor) -> Tensor:
@@ -29,8 +29,9 @@ def mask(weight: Tensor, input_norm: Tensor, target: Target, variant: bool = Fal
     return keep_largest_per_row(scores, columns - round(columns * target.fraction))
 
 
-def _masks(weights: Weights, norms: InputNorms, config: Wanda, target: Target) -> dict[str, Tensor]:
-    return {name: mask(weight, norms[name], target, config.variant) for name, weight in weights.items()}
+def _prune(weights: Weights, statistics: InputStatistics | None, config: Wanda, target: Target) -> Masked:
+    assert statistics is not None
+    return Masked({name: mask(weight, statistics.norm, target, config.variant) for name, weight in weights.items()})
 
 
-PRUNER = MaskPruner(masks=_masks, calibrates=True)
+PRUNER = MaskPruner(prune=_prune, statistics=frozenset({"norm"}))

@@ -1,0 +1,94 @@
+"""How much to remove so that a bound on the result holds: bisection over one survey of the dense model, so the calibration text is walked once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from app.exceptions import RecipeError
+from app.recipe import Budget
+from worker.slicing import Choice, choose, edit_block, stored_size
+from worker.survey import Surveyed
+from worker.walk import Pruning
+
+SIZE_STEPS = 4096  # fractions that are told apart where a try costs nothing
+PERPLEXITY_STEPS = 64  # and where it costs an evaluation
+
+
+def solve(run: Pruning, surveyed: list[Surveyed]) -> Choice:
+    """The choice that removes least and meets the recipe's `target_…`, or removes most within its `max_perplexity_increase`.
+
+    Restoration comes after it and is not taken into account. Raises RecipeError for a bound that holds already or can't be met.
+    """
+    budget = run.recipe.sparsity
+    assert isinstance(budget, Budget)
+    if budget.max_perplexity_increase is not None:
+        return _most_within(run, surveyed, budget.max_perplexity_increase)
+    bound, which = (budget.target_parameters, 0) if budget.target_parameters is not None else (budget.target_bytes, 1)
+    assert bound is not None
+    what = ("parameters", "bytes")[which]
+
+    def fits(choice: Choice) -> bool:
+        return stored_size(run, choice)[which] <= bound
+
+    if fits(choose(run, surveyed, 0.0)):
+        raise _refuse(f"The model has no more than {bound:,} {what} already.", "Ask for less than the dense model has.")
+    most = _most_possible(run, surveyed, SIZE_STEPS)
+    smallest = choose(run, surveyed, most / SIZE_STEPS)
+    if not fits(smallest):
+        raise _refuse(
+            f"{run.recipe.method.name} can't bring the model down to {bound:,} {what}.",
+            f"The least that it can leave is {stored_size(run, smallest)[which]:,}.",
+        )
+    step = _first(lambda step: fits(choose(run, surveyed, step / SIZE_STEPS)), 0, most)
+    return choose(run, surveyed, step / SIZE_STEPS)
+
+
+def _most_within(run: Pruning, surveyed: list[Surveyed], increase: float) -> Choice:
+    assert run.perplexity is not None
+    cache = run.state.work / "budget.json"  # tries of an earlier attempt
+    tried: dict[str, float] = json.loads(cache.read_text()) if cache.is_file() else {}
+
+    def perplexity(step: int) -> float:
+        if str(step) not in tried:
+            choice = choose(run, surveyed, step / PERPLEXITY_STEPS)
+            assert run.perplexity is not None
+            tried[str(step)] = run.perplexity(lambda index, tensors: edit_block(run, surveyed, choice, index, tensors))
+            temporary = cache.with_suffix(".tmp")
+            temporary.write_text(json.dumps(tried))
+            temporary.replace(cache)
+        return tried[str(step)]
+
+    allowed = perplexity(0) * (1 + increase)
+    most = _most_possible(run, surveyed, PERPLEXITY_STEPS)
+    step = _first(lambda step: not perplexity(step) <= allowed, 0, most + 1) - 1
+    if step == 0:
+        raise _refuse(
+            f"Removing {1 / PERPLEXITY_STEPS:.1%} already brings perplexity to {perplexity(1):.4g}, and {allowed:.4g} are allowed.", "Allow a larger increase."
+        )
+    return choose(run, surveyed, step / PERPLEXITY_STEPS)
+
+
+def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The first step above `low` at which a condition holds, given that it doesn't at `low` and is taken to at `high`."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _most_possible(run: Pruning, surveyed: list[Surveyed], steps: int) -> int:
+    """The highest step whose fraction the method's own bounds allow."""
+
+    def impossible(step: int) -> bool:
+        try:
+            choose(run, surveyed, step / steps)
+        except RecipeError:
+            return True
+        return False
+
+    return _first(impossible, 0, steps) - 1
+
+
+def _refuse(message: str, hint: str) -> RecipeError:
+    return RecipeError(message, code="target_unreachable", hint=hint, pointer="/sparsity")

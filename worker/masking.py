@@ -1,0 +1,101 @@
+"""Zeroes weights block by block: each block is measured on the outputs of the pruned blocks before it, pruned, and run again for the next."""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import Any
+
+from torch import Tensor
+
+from app.recipe import Coarse, Given, Owl, Swaps, ZScore
+from worker.allocation import coarse_shares, owl_shares
+from worker.calibration import Statistic, forward, measuring
+from worker.checkpoint import masks_name, write_masks
+from worker.pruners.base import Masked, MaskPruner, Target, Weights
+from worker.slicing import ranked_counts
+from worker.structured import channel_cost, group_cost
+from worker.survey import Surveyed, walks
+from worker.swaps import refine
+from worker.walk import Pruning, facts, float_weights, hidden_states, next_input, read_block, write_block, write_outer
+
+WALK = "prune"
+
+
+def mask_blocks(run: Pruning, pruner: MaskPruner, target: Target, surveyed: list[Surveyed]) -> list[dict[str, Any]]:
+    """Prune every block and write its shard and its masks; the blocks' facts."""
+    stream, architecture, config = run.stream, run.stream.architecture, run.stream.source.config
+    swaps = run.recipe.restoration if isinstance(run.recipe.restoration, Swaps) else None
+    wanted: frozenset[Statistic] = pruner.statistics | {"gram"} if swaps else pruner.statistics
+    targets = _targets(run, target, surveyed)
+    hidden, arguments = hidden_states(run, WALK) if wanted else (None, [])
+    done = len(stream) * (walks(run, pruner) - 1)
+    for index in range(len(run.state.blocks(WALK)), len(stream)):
+        tensors = read_block(run, index)
+        prefix, shared = architecture.block_prefix(index), architecture.inputs(config, index)
+        inputs = {}
+        if hidden is not None:
+            block = stream.materialise(index, tensors)
+            stop = None if architecture.router(config, index) else shared[-1][0]
+            with measuring(block, [linears[0] for linears in shared], wanted, stop) as inputs:
+                forward(block, arguments[index], hidden.open(index), None)
+        weights = float_weights(run, index, tensors)
+        masks: dict[str, Tensor] = {}
+        changed: Weights = {}
+        damping: list[float] = []
+        for linears in shared:
+            statistics = inputs.get(linears[0])
+            dense = {linear: weights[linear] for linear in linears}
+            masked = pruner.prune(dense, statistics, run.recipe.method, targets[index])
+            if swaps is not None and statistics is not None:
+                group = target.pattern[1] if target.pattern else None
+                masked = Masked({linear: refine(dense[linear], mask, statistics.gram, swaps.rounds, group) for linear, mask in masked.masks.items()})
+            masks |= masked.masks
+            changed |= {linear: masked.weights.get(linear, weight) * masked.masks[linear] for linear, weight in dense.items()}
+            damping += [] if masked.raised_damping is None else [masked.raised_damping]
+        pruned = stream.with_weights(tensors, index, changed)
+        if hidden is not None and index + 1 < len(stream):
+            forward(stream.materialise(index, pruned), arguments[index], hidden.open(index), hidden.open(index + 1))
+        stream.drop(index)
+        shard, packed = write_block(run, index, len(stream), pruned), run.folder / masks_name(index + 1, len(stream) + 1)
+        write_masks(packed, {f"{prefix}{linear}.weight": _as_stored(mask, architecture.transposed) for linear, mask in masks.items()})
+        importance = surveyed[index].importance if surveyed else None
+        record: dict[str, Any] = facts(run, index, tensors, pruned, importance) | {"raised_damping": max(damping, default=None)}
+        run.state.finish_block(WALK, [shard, packed], record, next_input(run, hidden, index))
+        run.block_done(done + index + 1, len(stream) * walks(run, pruner))
+    write_outer(run, len(stream))
+    return [block["facts"] for block in run.state.blocks(WALK)]
+
+
+def _as_stored(mask: Tensor, transposed: bool) -> Tensor:
+    return mask.T.contiguous() if transposed else mask
+
+
+def _targets(run: Pruning, target: Target, surveyed: list[Surveyed]) -> list[Target]:
+    """What is removed of each block."""
+    allocation, blocks = run.recipe.allots, len(run.stream)
+    if target.pattern is not None:
+        return [target] * blocks
+    match allocation:
+        case Coarse():
+            shares = coarse_shares([block.importance or 0.0 for block in surveyed], target.fraction, allocation)
+        case Owl():
+            shares = owl_shares([block.outliers or 0.0 for block in surveyed], target.fraction, allocation)
+        case ZScore():
+            shares = _ranked_shares(run, target.fraction, surveyed)
+        case Given():
+            shares = [1 - sparsity for sparsity in allocation.sparsities]
+        case _:
+            shares = [1 - target.fraction] * blocks
+    return [Target(1 - share) for share in shares]
+
+
+def _ranked_shares(run: Pruning, fraction: float, surveyed: list[Surveyed]) -> list[float]:
+    """The share of each block's weights that would stay if whole channels and KV groups were removed by rank."""
+    architecture, config = run.stream.architecture, run.stream.source.config
+    group = group_cost(architecture, config)
+    shares = []
+    for index, (channels, groups) in enumerate(ranked_counts(run, surveyed, 1 - fraction)):
+        channel, block = channel_cost(architecture, config, index), surveyed[index].scores
+        whole = block["channels"].shape[1] * channel + architecture.dimensions(config).kv_heads * group
+        shares.append((channels * channel + groups * group) / whole)
+    return [min(1.0, share * (1 - fraction) / mean(shares)) for share in shares]

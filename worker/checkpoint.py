@@ -346,6 +346,8 @@ def _how_to_load(report: Report, padded: bool) -> list[str]:
             "Layers have different sizes (`per_layer_config` in config.json). Without the import `from_pretrained` stops with an error.",
             "**Never pass `ignore_mismatched_sizes=True`: it replaces the weights of most layers by random ones and says so only in the log.**",
         ]
+    if report.model_type in ("llama", "mistral"):
+        code += ["", 'For llama.cpp: `pip install "espalier[gguf]"`, then `espalier gguf THIS_FOLDER model.gguf`.']
     if padded:
         code += ["", "This is the per-layer checkpoint with its layers filled up to the widest by zero channels: the same function at the widest layer's cost."]
     return code

@@ -62,7 +62,8 @@ def survey(run: Pruning, pruner: Pruner) -> list[Surveyed]:
         routed = RoutedSizes(block)
         with measuring(block, {*measured, *first_of_each_input}, statistics, stop) as inputs:
             moved = forward(block, arguments[index], hidden.open(index), target, distance)
-        weights = float_weights(run, index, tensors)
+        looked_at = {*measured, *(linear for mlp in mlps if "channels" in units for linear in mlp.outer)}
+        weights = float_weights(run, index, tensors, None if isinstance(allocation, Owl) else looked_at)
         outliers = None
         if isinstance(allocation, Owl):
             norms = {linear: inputs[linears[0]].norm for linears in shared for linear in linears}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,10 @@ def read_block(run: Pruning, index: int) -> dict[str, Tensor]:
     return tensors
 
 
-def float_weights(run: Pruning, index: int, tensors: dict[str, Tensor]) -> Weights:
-    """The linears' weights (C_out, C_in) in float32."""
-    linears = run.stream.architecture.linears(run.stream.source.config, index)
-    return {name: run.stream.weight(tensors, index, name) for name in linears}
+def float_weights(run: Pruning, index: int, tensors: dict[str, Tensor], linears: Iterable[str] | None = None) -> Weights:
+    """Weights (C_out, C_in) of a block's linears in float32; of all where none are named."""
+    names = run.stream.architecture.linears(run.stream.source.config, index) if linears is None else linears
+    return {name: run.stream.weight(tensors, index, name) for name in names}
 
 
 def stored(run: Pruning, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

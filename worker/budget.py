@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from app.exceptions import RecipeError
 from app.recipe import Budget
-from worker.slicing import Choice, choose, edit_block, stored_size
+from worker.choosing import Choice, choose
+from worker.slicing import edit_block, stored_size
 from worker.survey import Surveyed
 from worker.walk import Pruning
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from statistics import mean
 from typing import Any
 
 from torch import Tensor
 
-from app.recipe import Coarse, Given, Owl, Swaps, ZScore
-from worker.allocation import coarse_shares, owl_shares
+from app.recipe import Swaps
 from worker.calibration import Statistic, forward, measuring
 from worker.checkpoint import masks_name, write_masks
+from worker.choosing import allotted_shares
 from worker.pruners.base import Masked, MaskPruner, Target, Weights
-from worker.slicing import ranked_counts
-from worker.structured import channel_cost, group_cost
 from worker.survey import Surveyed, walks
 from worker.swaps import refine
 from worker.walk import Pruning, facts, float_weights, hidden_states, next_input, read_block, write_block, write_outer
@@ -26,7 +23,8 @@ def mask_blocks(run: Pruning, pruner: MaskPruner, target: Target, surveyed: list
     stream, architecture, config = run.stream, run.stream.architecture, run.stream.source.config
     swaps = run.recipe.restoration if isinstance(run.recipe.restoration, Swaps) else None
     wanted: frozenset[Statistic] = pruner.statistics | {"gram"} if swaps else pruner.statistics
-    targets = _targets(run, target, surveyed)
+    shares = [] if target.pattern else allotted_shares(run, surveyed, target.fraction)
+    targets = [Target(1 - share) for share in shares] or [target] * len(stream)
     hidden, arguments = hidden_states(run, WALK) if wanted else (None, [])
     done = len(stream) * (walks(run, pruner) - 1)
     for index in range(len(run.state.blocks(WALK)), len(stream)):
@@ -68,34 +66,3 @@ def mask_blocks(run: Pruning, pruner: MaskPruner, target: Target, surveyed: list
 
 def _as_stored(mask: Tensor, transposed: bool) -> Tensor:
     return mask.T.contiguous() if transposed else mask
-
-
-def _targets(run: Pruning, target: Target, surveyed: list[Surveyed]) -> list[Target]:
-    """What is removed of each block."""
-    allocation, blocks = run.recipe.allots, len(run.stream)
-    if target.pattern is not None:
-        return [target] * blocks
-    match allocation:
-        case Coarse():
-            shares = coarse_shares([block.importance or 0.0 for block in surveyed], target.fraction, allocation)
-        case Owl():
-            shares = owl_shares([block.outliers or 0.0 for block in surveyed], target.fraction, allocation)
-        case ZScore():
-            shares = _ranked_shares(run, target.fraction, surveyed)
-        case Given():
-            shares = [1 - sparsity for sparsity in allocation.sparsities]
-        case _:
-            shares = [1 - target.fraction] * blocks
-    return [Target(1 - share) for share in shares]
-
-
-def _ranked_shares(run: Pruning, fraction: float, surveyed: list[Surveyed]) -> list[float]:
-    """The share of each block's weights that would stay if whole channels and KV groups were removed by rank."""
-    architecture, config = run.stream.architecture, run.stream.source.config
-    group = group_cost(architecture, config)
-    shares = []
-    for index, (channels, groups) in enumerate(ranked_counts(run, surveyed, 1 - fraction)):
-        channel, block = channel_cost(architecture, config, index), surveyed[index].scores
-        whole = block["channels"].shape[1] * channel + architecture.dimensions(config).kv_heads * group
-        shares.append((channels * channel + groups * group) / whole)
-    return [min(1.0, share * (1 - fraction) / mean(shares)) for share in shares]

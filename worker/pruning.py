@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from app.report import LayerReport
 from worker import budget, survey
+from worker.choosing import choose
 from worker.evaluation import LinearZeros
 from worker.masking import mask_blocks
 from worker.pruners.base import MaskPruner, Pruner, Target
-from worker.slicing import choose, compensated, restore_blocks, slice_blocks
+from worker.slicing import compensated, restore_blocks, slice_blocks
 from worker.survey import walks
 from worker.walk import Pruned, Pruning
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+
+from torch import Tensor
 
 from app.exceptions import RecipeError
 from app.recipe import Budget
 from worker.choosing import Choice, choose
 from worker.slicing import edit_block, stored_size
 from worker.survey import Surveyed
-from worker.walk import Pruning
+from worker.walk import Pruning, stored
 
 SIZE_STEPS = 4096  # fractions that are told apart where a try costs nothing
 PERPLEXITY_STEPS = 64  # and where it costs an evaluation
@@ -46,21 +47,23 @@ def solve(run: Pruning, surveyed: list[Surveyed]) -> Choice:
 
 
 def _most_within(run: Pruning, surveyed: list[Surveyed], increase: float) -> Choice:
-    assert run.perplexity is not None
-    cache = run.state.work / "budget.json"  # tries of an earlier attempt
-    tried: dict[str, float] = json.loads(cache.read_text()) if cache.is_file() else {}
+    measure, state = run.perplexity, run.state
+    assert measure is not None
+
+    def attempt(step: int) -> float:
+        choice = choose(run, surveyed, step / PERPLEXITY_STEPS)
+
+        def edit(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+            left = edit_block(run, surveyed, choice, index, tensors)
+            return None if left is None else stored(run, left)
+
+        return measure(edit)
 
     def perplexity(step: int) -> float:
-        if str(step) not in tried:
-            choice = choose(run, surveyed, step / PERPLEXITY_STEPS)
-            assert run.perplexity is not None
-            tried[str(step)] = run.perplexity(lambda index, tensors: edit_block(run, surveyed, choice, index, tensors))
-            temporary = cache.with_suffix(".tmp")
-            temporary.write_text(json.dumps(tried))
-            temporary.replace(cache)
-        return tried[str(step)]
+        return float(state.figure(f"perplexity at step {step}", lambda: attempt(step)))
 
-    allowed = perplexity(0) * (1 + increase)
+    dense = float(state.figure("dense perplexity", lambda: measure(lambda index, tensors: tensors)))  # at step 0 a bound on widths may remove some
+    allowed = dense * (1 + increase)
     most = _most_possible(run, surveyed, PERPLEXITY_STEPS)
     step = _first(lambda step: not perplexity(step) <= allowed, 0, most + 1) - 1
     if step == 0:

@@ -10,10 +10,10 @@ from app.recipe import Swaps
 from worker.calibration import Statistic, forward, measuring
 from worker.checkpoint import masks_name, write_masks
 from worker.choosing import allotted_shares
-from worker.pruners.base import Masked, MaskPruner, Target, Weights
+from worker.pruners.base import Masked, MaskPruner, Target
 from worker.survey import Surveyed, walks
 from worker.swaps import refine
-from worker.walk import Pruning, facts, float_weights, hidden_states, next_input, read_block, write_block, write_outer
+from worker.walk import Pruning, facts, hidden_states, next_input, read_block, write_block, write_outer
 
 WALK = "prune"
 
@@ -36,24 +36,24 @@ def mask_blocks(run: Pruning, pruner: MaskPruner, target: Target, surveyed: list
             stop = None if architecture.router(config, index) else shared[-1][0]
             with measuring(block, [linears[0] for linears in shared], wanted, stop) as inputs:
                 forward(block, arguments[index], hidden.open(index), None)
-        weights = float_weights(run, index, tensors)
+            stream.drop(index)
+        pruned = tensors
         masks: dict[str, Tensor] = {}
-        changed: Weights = {}
         damping: list[float] = []
         for linears in shared:
             statistics = inputs.get(linears[0])
-            dense = {linear: weights[linear] for linear in linears}
+            dense = {linear: stream.weight(tensors, index, linear) for linear in linears}
             masked = pruner.prune(dense, statistics, run.recipe.method, targets[index])
             if swaps is not None and statistics is not None:
                 group = target.pattern[1] if target.pattern else None
                 masked = Masked({linear: refine(dense[linear], mask, statistics.gram, swaps.rounds, group) for linear, mask in masked.masks.items()})
             masks |= masked.masks
-            changed |= {linear: masked.weights.get(linear, weight) * masked.masks[linear] for linear, weight in dense.items()}
+            changed = {linear: masked.weights.get(linear, weight) * masked.masks[linear] for linear, weight in dense.items()}
+            pruned = stream.with_weights(pruned, index, changed)
             damping += [] if masked.raised_damping is None else [masked.raised_damping]
-        pruned = stream.with_weights(tensors, index, changed)
         if hidden is not None and index + 1 < len(stream):
             forward(stream.materialise(index, pruned), arguments[index], hidden.open(index), hidden.open(index + 1))
-        stream.drop(index)
+            stream.drop(index)
         shard, packed = write_block(run, index, len(stream), pruned), run.folder / masks_name(index + 1, len(stream) + 1)
         write_masks(packed, {f"{prefix}{linear}.weight": _as_stored(mask, architecture.transposed) for linear, mask in masks.items()})
         importance = surveyed[index].importance if surveyed else None

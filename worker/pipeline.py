@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -71,23 +72,29 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
             fingerprint = weights_sha256(source)
             stream = _open(source)
             tokens, calibration_text = _calibration_tokens(recipe, source, texts)
+            evaluated = _evaluation_windows(recipe, source, texts)
             target = None if isinstance(recipe.sparsity, Budget) else target_of(recipe, count_parameters(source, []))
             progress.plan(_costs(recipe, stream, tokens))
-        state = WalkState.open(work, _state_fingerprint(recipe, fingerprint, tokens))
+        state = WalkState.open(work, _state_fingerprint(recipe, fingerprint, tokens, evaluated, stream.device))
         resumed_at = state.finished or None
         if state.refused:
             progress.log(f"Started anew, because of the earlier attempt {state.refused}.")
         elif resumed_at is not None:
             progress.log(f"Goes on after {resumed_at} blocks of an earlier attempt, which were verified.")
 
-        before = _cached(work / "before.json", lambda: _measure(recipe, source, [], texts, work, progress, "evaluate_dense", loader=False))
+        before = None
+        if evaluated is not None:  # the dense model is measured once a job, however often it is attempted
+            measure = functools.partial(_measure, evaluated, source, [], work, progress, "evaluate_dense", loader=False)
+            before = Measured.model_validate(state.figure("before", lambda: measure().model_dump()))
         with progress.phase("prune"):
-            pruned = _prune(recipe, stream, target, tokens, texts, state, progress)
+            pruned = _prune(recipe, stream, target, tokens, evaluated, state, progress)
         with progress.phase("write"):
             _write(recipe, source, pruned, out)
         result = read_source(out / "checkpoint")
         per_layer = bool(result.config.get("per_layer_config"))
-        after = _measure(recipe, result, pruned.zeros_after, texts, work, progress, "evaluate", loader=per_layer)
+        after = None
+        if evaluated is not None:
+            after = _measure(evaluated, result, pruned.zeros_after, work, progress, "evaluate", loader=per_layer)
         with progress.phase("verify"):
             loads_with = _verify(out, result, work, per_layer)
 
@@ -143,6 +150,23 @@ def _calibration_tokens(recipe: Recipe, source: Source, texts: dict[str, Path]) 
     return tokens, text.used(tokens.numel())
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What both models are measured on, and whether they are timed too."""
+
+    windows: Tensor  # (B, T)
+    text: TextUsed
+    speed: bool
+
+
+def _evaluation_windows(recipe: Recipe, source: Source, texts: dict[str, Path]) -> Evaluated | None:
+    if recipe.evaluation is None:
+        return None
+    text = tokenize(source.folder, recipe.evaluation.source, texts)
+    windows = leading_windows(text, recipe.evaluation)
+    return Evaluated(windows, text.used(windows.numel()), recipe.evaluation.speed)
+
+
 def target_of(recipe: Recipe, dense: Parameters) -> Target:
     """What a recipe's fraction or pattern asks of its method, in the method's own denominator."""
     if isinstance(recipe.sparsity, Pattern):
@@ -170,50 +194,46 @@ def target_of(recipe: Recipe, dense: Parameters) -> Target:
     return Target(fraction=fraction)
 
 
-def _state_fingerprint(recipe: Recipe, weights: str, tokens: Tensor | None) -> str:
-    """Of everything that the pruned blocks depend on."""
+def _state_fingerprint(recipe: Recipe, weights: str, tokens: Tensor | None, evaluated: Evaluated | None, device: torch.device) -> str:
+    """Of everything that the pruned blocks and the figures in the state depend on."""
     digest = hashlib.sha256(weights.encode())
-    digest.update(recipe.model_dump_json(include={"method", "sparsity", "allocation", "restoration", "output"}).encode())
+    digest.update(recipe.model_dump_json(include={"method", "sparsity", "allocation", "restoration", "evaluation", "output"}).encode())
     if tokens is not None:
         digest.update(tokens.numpy().tobytes())
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    if evaluated is not None:
+        digest.update(evaluated.windows.numpy().tobytes() + evaluated.text.sha256.encode())
+    engine = Path(__file__).parent
+    for file in sorted([*engine.rglob("*.py"), *engine.with_name("app").rglob("*.py")]):
         digest.update(file.read_bytes())
-    digest.update(json.dumps([_versions(), torch.get_num_threads()]).encode())
+    digest.update(json.dumps([_versions(), str(device), torch.get_num_threads()]).encode())
     return digest.hexdigest()
 
 
-def _measure(
-    recipe: Recipe, source: Source, zeros: list[LinearZeros], texts: dict[str, Path], work: Path, progress: Progress, phase: str, *, loader: bool
-) -> Measured | None:
+def _measure(evaluated: Evaluated, source: Source, zeros: list[LinearZeros], work: Path, progress: Progress, phase: str, *, loader: bool) -> Measured:
     """Perplexity by streamed blocks in this process; speed and memory of plain transformers in a fresh one."""
-    evaluation = recipe.evaluation
-    if evaluation is None:
-        return None
+    windows = evaluated.windows
     with progress.phase(phase):
-        text = tokenize(source.folder, evaluation.source, texts)
-        windows = leading_windows(text, evaluation)
         scratch = _scratch(work / phase)
         value = perplexity(_open(source), windows, scratch, lambda index: progress.step(index + 1, int(source.config["num_hidden_layers"])))
-        trial = run_trial(source.folder, windows[:1, :CHECKED_TOKENS], loader=loader, speed=True, work=scratch) if evaluation.speed else None
+        trial = run_trial(source.folder, windows[:1, :CHECKED_TOKENS], loader=loader, speed=True, work=scratch) if evaluated.speed else None
         shutil.rmtree(scratch)
     return Measured(
         parameters=count_parameters(source, zeros),
         checkpoint_bytes=checkpoint_bytes(source.folder),
         macs_per_token=macs_per_token(source),
-        perplexity=Perplexity(value=value, text=text.used(windows.numel()), windows=len(windows), sequence_length=windows.shape[1], dtype="float32"),
+        perplexity=Perplexity(value=value, text=evaluated.text, windows=len(windows), sequence_length=windows.shape[1], dtype="float32"),
         speed=trial and trial.speed,
         peak_memory_bytes=trial and trial.peak_resident_bytes,
     )
 
 
 def _prune(
-    recipe: Recipe, stream: BlockStream, target: Target | None, tokens: Tensor | None, texts: dict[str, Path], state: WalkState, progress: Progress
+    recipe: Recipe, stream: BlockStream, target: Target | None, tokens: Tensor | None, evaluated: Evaluated | None, state: WalkState, progress: Progress
 ) -> Pruned:
     def perplexity_of(edit: Edit) -> float:
-        assert recipe.evaluation is not None
-        windows = leading_windows(tokenize(stream.source.folder, recipe.evaluation.source, texts), recipe.evaluation)
+        assert evaluated is not None
         scratch = _scratch(state.work / "budget")
-        value = perplexity(stream, windows, scratch, edit=edit)
+        value = perplexity(stream, evaluated.windows, scratch, edit=edit)
         shutil.rmtree(scratch)
         progress.log(f"A try for the budget has a perplexity of {value:.4g}.")
         return value
@@ -224,6 +244,7 @@ def _prune(
 
 def _write(recipe: Recipe, source: Source, pruned: Pruned, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").unlink(missing_ok=True)  # it tells of another result
     for folder in ("checkpoint", "padded"):
         shutil.rmtree(out / folder, ignore_errors=True)
     shutil.copytree(pruned.folder, out / "checkpoint", copy_function=_link)
@@ -308,18 +329,6 @@ def _costs(recipe: Recipe, stream: BlockStream, tokens: Tensor | None) -> dict[s
         evaluated = recipe.evaluation.windows * recipe.evaluation.sequence_length * 1.5 + (5000.0 if recipe.evaluation.speed else 0.0)
         costs |= {"evaluate_dense": evaluated, "evaluate": evaluated}
     return costs
-
-
-def _cached(path: Path, measure: Callable[[], Measured | None]) -> Measured | None:
-    """The dense model is measured once a job, however often it is attempted."""
-    if path.is_file():
-        return Measured.model_validate_json(path.read_bytes())
-    measured = measure()
-    if measured is not None:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(measured.model_dump_json(), encoding="utf-8")
-        temporary.replace(path)
-    return measured
 
 
 def _scratch(folder: Path) -> Path:

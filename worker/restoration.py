@@ -1,15 +1,41 @@
-"""Makes up for removed inputs of a linear by fitting what is left of its weight anew, from the Gram matrix of its inputs."""
+"""Restoration: what a linear's removed inputs did is taken over by the kept ones, by ridge regression on calibration tokens.
+
+The reconstruction step of OSSCAR (Meng et al. 2024, arXiv 2403.12983) and, for single weights, of SparseGPT (arXiv 2301.00774), with another penalty: only
+the removed part is regressed, so that a strong ridge leaves the kept weights as they were instead of drawing them to zero.
+
+Notation: I inputs of a linear (FFN channels, or the outputs of the attention heads), D outputs, K kept and P removed inputs.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+RIDGE = 3.0
+MOST_RIDGE = 1e6  # of the mean diagonal; a matrix that needs more is no Gram matrix
 
-def refit(weight: Tensor, gram: Tensor, keep: Tensor, ridge: float) -> Tensor:
-    """(D, C) weight, (C, C) Gram matrix, (C,) kept -> (D, kept)."""
+
+def refit(weight: Tensor, gram: Tensor, keep: Tensor, tokens: int, ridge: float = RIDGE) -> Tensor:
+    """The kept columns of a linear's weight, changed so that they make up for the removed ones: (D, I), (I, I), (I,) bool -> (D, K), float32.
+
+    W' = W_K + W_P G_PK (G_KK + λI)⁻¹ minimises E‖W x - W' x_K‖² + λ‖W' - W_K‖². `gram` is the mean of x xᵀ over `tokens` tokens and is left as it is.
+
+    λ = ridge · K / tokens · the mean diagonal of G. A coefficient's variance falls with the number of tokens and its size with that of the inputs that
+    share the work, so the best λ is K (1 - R²) / (R² · tokens), where R² is how much of the removed part the kept ones can explain; R² of a quarter to a
+    half, as measured in language models, makes `ridge` 3 to 1. Few tokens, as for a rare expert, thus leave the weights nearly as they were, and none
+    at all exactly. Where G_KK + λI isn't positive definite in float32, as with duplicate inputs and a ridge of 0, λ is raised tenfold at a time.
+
+    Raises ValueError for a Gram matrix that isn't finite or isn't positive semidefinite.
+    """
     kept, removed = keep.nonzero().squeeze(1), (~keep).nonzero().squeeze(1)
-    inner = gram[kept][:, kept]
-    inner.diagonal().add_(ridge * gram.diagonal().mean())
-    factor = torch.linalg.cholesky(inner)
-    return weight[:, kept] + torch.cholesky_solve(gram[kept][:, removed] @ weight[:, removed].T, factor).T
+    of_kept = weight.index_select(1, kept)
+    mean = gram.diagonal().mean()
+    if not mean.isfinite():
+        raise ValueError("the Gram matrix of a linear's inputs is not finite")
+    if mean == 0 or not len(kept) or not len(removed):
+        return of_kept
+    rows = gram.index_select(0, kept)  # (K, I)
+    lost = rows.index_select(1, removed) @ weight.index_select(1, removed).T  # (K, D)
+    share = ridge * len(kept) / max(tokens, 1)
+    factor = _cholesky(rows.index_select(1, kept), share, mean)
+    return of_kept + torch.cholesky_solve(lost, factor).T

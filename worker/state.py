@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ def sha256_of(path: Path) -> str:
 
 
 class WalkState:
-    """`state.json` in the work directory: a fingerprint of everything that the result depends on, and for each walk a record of every finished block.
+    """`state.json` in the work directory: a fingerprint of everything that the result depends on, for each walk a record of every finished block, and figures.
 
     A record names the files that the block left (path relative to the work directory -> sha256) and the facts about it. The input of the next block is
-    verified too, where the walk computes one.
+    verified too, where the walk computes one. A figure is what was measured once and is not measured again.
     """
 
     def __init__(self, work: Path, fingerprint: str) -> None:
@@ -28,6 +28,7 @@ class WalkState:
         self.path = work / "state.json"
         self.fingerprint = fingerprint
         self._walks: dict[str, list[dict[str, Any]]] = {}
+        self._figures: dict[str, Any] = {}
         self.refused: str | None = None  # why an earlier state was not gone on with
 
     @classmethod
@@ -55,7 +56,7 @@ class WalkState:
     def _load(self) -> str | None:
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-            fingerprint, walks = stored["fingerprint"], dict(stored["walks"])
+            fingerprint, walks, figures = stored["fingerprint"], dict(stored["walks"]), dict(stored["figures"])
         except (ValueError, KeyError, TypeError):
             return "its state can't be read"
         if fingerprint != self.fingerprint:
@@ -65,7 +66,7 @@ class WalkState:
         for path, digest in expected.items():
             if not (self.work / path).is_file() or sha256_of(self.work / path) != digest:
                 return f"{path} is damaged"
-        self._walks = walks
+        self._walks, self._figures = walks, figures
         return None
 
     def finish_block(self, walk: str, files: Sequence[Path], facts: dict[str, Any], next_input: tuple[str, str] | None) -> None:
@@ -74,10 +75,17 @@ class WalkState:
         self._walks.setdefault(walk, []).append({"files": digests, "facts": facts, "next_input": next_input})
         self._save()
 
+    def figure(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` gives (JSON), or gave in an earlier attempt."""
+        if name not in self._figures:
+            self._figures[name] = measure()
+            self._save()
+        return self._figures[name]
+
     def _save(self) -> None:
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as stream:
-            json.dump({"fingerprint": self.fingerprint, "walks": self._walks}, stream)
+            json.dump({"fingerprint": self.fingerprint, "walks": self._walks, "figures": self._figures}, stream)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self.path)

@@ -62,6 +62,7 @@ def survey(run: Pruning, pruner: Pruner) -> list[Surveyed]:
         routed = RoutedSizes(block)
         with measuring(block, {*measured, *first_of_each_input}, statistics, stop) as inputs:
             moved = forward(block, arguments[index], hidden.open(index), target, distance)
+        stream.drop(index)
         looked_at = {*measured, *(linear for mlp in mlps if "channels" in units for linear in mlp.outer)}
         weights = float_weights(run, index, tensors, None if isinstance(allocation, Owl) else looked_at)
         outliers = None
@@ -74,7 +75,6 @@ def survey(run: Pruning, pruner: Pruner) -> list[Surveyed]:
             scores |= {str(unit): score for unit, score in scorer.score(dense, scored).items()}
         if isinstance(method, FLAP) and method.compensate:
             scores |= {MEAN + linear: inputs[linear].mean for linear in measured}
-        stream.drop(index)
         file = _file(run, index)
         save_file({name: score.cpu().contiguous() for name, score in scores.items()}, file)
         record = {"importance": None if distance is None else moved, "outliers": outliers}

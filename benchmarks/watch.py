@@ -1,0 +1,68 @@
+"""Runs the engine as its own process and samples its memory from outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from app.recipe import Recipe
+
+KINDS = {"resident": "VmRSS", "anonymous": "RssAnon", "mapped": "RssFile"}
+SAMPLE_SECONDS = 0.01
+
+
+def watch(recipe: Recipe, model: Path, folder: Path) -> dict[str, Any]:
+    """Prune `model` into `folder`: highest bytes by phase and in all, of each kind, and the seconds of each phase."""
+    asked = folder / "recipe.json"
+    asked.write_text(recipe.model_dump_json(), encoding="utf-8")
+    process = subprocess.Popen([sys.executable, "-m", "worker.pipeline", str(asked), str(model), str(folder / "out")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    phase, starts, peaks = "imports", {"imports": time.monotonic()}, {"imports": dict.fromkeys(KINDS, 0)}
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(SAMPLE_SECONDS):
+            peaks[phase] = _highest(peaks[phase], _sizes(process.pid))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] == "phase":
+                starts[event["phase"]], peaks[event["phase"]] = time.monotonic(), dict.fromkeys(KINDS, 0)
+                phase = event["phase"]
+            elif event["event"] == "error":
+                print(event["message"], file=sys.stderr)
+        code = process.wait()
+    finally:
+        stop.set()
+        sampler.join()
+        process.kill()
+        process.wait()
+    if code != 0:
+        raise RuntimeError(f"the engine ended with {code}")
+    ends = [*list(starts.values())[1:], time.monotonic()]
+    peak = dict.fromkeys(KINDS, 0)
+    for of_phase in peaks.values():
+        peak = _highest(peak, of_phase)
+    return {"phases": peaks, "peak": peak, "seconds": {name: end - start for (name, start), end in zip(starts.items(), ends, strict=True)}}
+
+
+def _highest(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    return {kind: max(one[kind], other[kind]) for kind in KINDS}
+
+
+def _sizes(pid: int) -> dict[str, int]:
+    """Bytes of a process by kind; zeros once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return dict.fromkeys(KINDS, 0)
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+    return {kind: sizes.get(field, 0) for kind, field in KINDS.items()}

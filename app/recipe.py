@@ -134,6 +134,10 @@ class Structured(Strict):
     units: Literal["ffn", "attention", "both"] = Field(
         "ffn", description="What is removed: FFN channels, whole KV groups of attention (a key-value head with its query heads), or both."
     )
+    inputs: Literal["dense", "pruned"] = Field(
+        "dense",
+        description="Whether a block's parts are scored on what reaches it in the dense model, in one walk, or in the model whose earlier blocks are pruned, as Wanda does.",
+    )
     multiple_of: int = Field(1, ge=1, le=1024, description="FFN widths are rounded to a multiple of this; the achieved sparsity is in the report.")
 
 
@@ -245,7 +249,7 @@ class LeastSquares(Strict):
     """Fit the matrices behind what was removed anew, to give what the dense block gives on the pruned model's own inputs."""
 
     name: Literal["least_squares"] = "least_squares"
-    ridge: float = Field(0.01, gt=0, le=10, description="Added to the Gram matrix's diagonal, as a share of its mean.")
+    ridge: float = Field(3.0, gt=0, le=1000, description="Strength of the penalty on changes, relative to the noise of an estimate from so many tokens.")
 
 
 class Swaps(Strict):

@@ -6,8 +6,10 @@ Notation: I FFN channels, G KV groups, H heads, hd head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +81,7 @@ def choose(run: Pruning, surveyed: list[Surveyed], fraction: float) -> Choice:
     if "experts" in units:
         return Choice([_keep_experts(run, block.scores["experts"], fraction) for block in surveyed])
     counts = _counts(run, surveyed, fraction)
-    return Choice([_keep_best(run, block.scores, channels, groups) for block, (channels, groups) in zip(surveyed, counts, strict=True)])
+    return Choice([_keep_counts(run, block.scores, channels, groups) for block, (channels, groups) in zip(surveyed, counts, strict=True)])
 
 
 def _keep_experts(run: Pruning, saliency: Tensor, fraction: float) -> Keep:
@@ -92,14 +94,17 @@ def _keep_experts(run: Pruning, saliency: Tensor, fraction: float) -> Keep:
     return Keep(experts=keep_largest(saliency, stays))
 
 
-def _keep_best(run: Pruning, scores: dict[str, Tensor], channels: int, groups: int) -> Keep:
-    keep = Keep()
-    if "channels" in scores:
-        keep = Keep(channels=tuple(keep_largest(of_mlp, channels) for of_mlp in scores["channels"]))
-    if "columns" in scores:
-        by_group = _by_group(run, scores["columns"]).mean(dim=1)
-        keep = Keep(channels=keep.channels, groups=keep_largest(by_group, groups))
-    return keep
+def _keep_counts(run: Pruning, scores: dict[str, Tensor], channels: int, groups: int) -> Keep:
+    """The best channels of each FFN and the best KV groups, so many of each."""
+    of_mlps = tuple(keep_largest(of_mlp, channels) for of_mlp in scores["channels"]) if "channels" in scores else None
+    return Keep(channels=of_mlps, groups=keep_largest(_by_group(run, scores["columns"]).mean(dim=1), groups) if "columns" in scores else None)
+
+
+def keep_best(run: Pruning, scores: Mapping[Any, Tensor], sizes: Keep) -> Keep:
+    """As many parts of a block as `sizes` keeps, chosen by other scores."""
+    channels = int(sizes.channels[0].sum()) if sizes.channels is not None else 0
+    groups = int(sizes.groups.sum()) if sizes.groups is not None else 0
+    return _keep_counts(run, {unit: score.cpu() for unit, score in scores.items()}, channels, groups)
 
 
 def _by_group(run: Pruning, columns: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from worker.choosing import choose
 from worker.evaluation import LinearZeros
 from worker.masking import mask_blocks
 from worker.pruners.base import MaskPruner, Pruner, Target
-from worker.slicing import compensated, restore_blocks, slice_blocks
+from worker.slicing import compensated, slice_blocks, slice_in_turn
 from worker.survey import walks
 from worker.walk import Pruned, Pruning
 
@@ -29,10 +29,10 @@ def prune(run: Pruning, pruner: Pruner, target: Target | None) -> Pruned:
     else:
         choice = choose(run, surveyed, target.fraction) if target else budget.solve(run, surveyed)
         switches, notes = compensated(run, choice)
-        if run.recipe.restoration is None:
+        if walks(run, pruner) == 1:
             found = slice_blocks(run, surveyed, choice)
         else:
-            found = restore_blocks(run, surveyed, choice, lambda index: run.block_done(len(run.stream) + index + 1, len(run.stream) * walks(run, pruner)))
+            found = slice_in_turn(run, pruner, surveyed, choice, lambda index: run.block_done(len(run.stream) + index + 1, len(run.stream) * 2))
     damping = max((block["raised_damping"] for block in found if block.get("raised_damping")), default=None)
     if damping is not None:
         notes.append(f"A layer's Hessian needed a damping of {damping:g}, more than asked: with more calibration tokens it would not.")

@@ -39,3 +39,16 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, tokens: int, ridge: float 
     share = ridge * len(kept) / max(tokens, 1)
     factor = _cholesky(rows.index_select(1, kept), share, mean)
     return of_kept + torch.cholesky_solve(lost, factor).T
+
+
+def _cholesky(matrix: Tensor, share: float, mean: Tensor) -> Tensor:
+    """Lower Cholesky factor of `matrix` + share · mean · I, the share raised as far as needed. `matrix` (K, K) is spoiled."""
+    diagonal = matrix.diagonal().clone()
+    while True:
+        matrix.diagonal().copy_(diagonal + share * mean)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed:
+            return factor
+        if share >= MOST_RIDGE:
+            raise ValueError("the Gram matrix of a linear's inputs is not positive semidefinite")
+        share = max(10 * share, torch.finfo(matrix.dtype).eps)

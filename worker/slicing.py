@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.recipe import FLAP, LeastSquares
-from worker.calibration import forward, measuring
+from app.recipe import FLAP, LeastSquares, Structured
+from worker.calibration import Statistic, forward, measuring
 from worker.checkpoint import written_type
-from worker.choosing import Choice
+from worker.choosing import Choice, keep_best
+from worker.pruners.base import StructuredPruner, Weights
 from worker.pruners.flap import compensation
 from worker.restoration import refit
 from worker.structured import Keep, kept_columns, slice_block
-from worker.survey import Surveyed
+from worker.survey import Surveyed, dense_block, scored_inputs
 from worker.walk import Pruning, facts, hidden_states, next_input, read_block, stored, write_block, write_outer
 
 WALK = "prune"
@@ -44,28 +45,40 @@ def edit_block(run: Pruning, surveyed: list[Surveyed], choice: Choice, index: in
     if keep is None:
         return None
     sliced = slice_block(tensors, run.stream.architecture, run.stream.source.config, index, keep)
-    return _with_biases(run, choice, index, tensors, sliced, surveyed[index].means)
+    return _with_biases(run, choice, index, keep, tensors, sliced, surveyed[index].means)
 
 
-def restore_blocks(run: Pruning, surveyed: list[Surveyed], choice: Choice, done: Callable[[int], None]) -> list[dict[str, Any]]:
-    """Walk the pruned model: fit what lies behind removed inputs to the dense block's outputs on the pruned stream, write, go on; the blocks' facts."""
-    stream, architecture, config = run.stream, run.stream.architecture, run.stream.source.config
+def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveyed], choice: Choice, done: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Walk the pruned model: run each dense block on what the pruned blocks before it give, choose anew and fit anew where asked, write, go on; the blocks' facts.
+
+    A refit aims at the dense block's outputs on the pruned model's own inputs.
+    """
+    stream, architecture, config, method = run.stream, run.stream.architecture, run.stream.source.config, run.recipe.method
     restoration = run.recipe.restoration
-    assert isinstance(restoration, LeastSquares)
+    wanted: frozenset[Statistic] = frozenset({"gram", "variance"}) if restoration else frozenset()
     hidden, arguments = hidden_states(run, WALK)
     for index in range(len(run.state.blocks(WALK)), len(stream)):
         tensors, keep = read_block(run, index), choice.keeps[index]
         assert keep is not None
-        removed = _removed_inputs(run, index, keep)
         block = stream.materialise(index, tensors)
-        with measuring(block, removed, frozenset({"gram", "variance"})) as inputs:
+        with measuring(block, scored_inputs(run, pruner, index), wanted | pruner.statistics(method)) as inputs:
             forward(block, arguments[index], hidden.open(index), None)
-        fitted = {linear: refit(stream.weight(tensors, index, linear), inputs[linear].gram, kept, restoration.ridge) for linear, kept in removed.items()}
+        stream.drop(index)
+        if isinstance(method, Structured) and method.inputs == "pruned":
+            keep = keep_best(run, pruner.score(dense_block(run, index, tensors, inputs), method), keep)
+        removed = _removed_inputs(run, index, keep)
+        fitted: Weights = {}
+        if isinstance(restoration, LeastSquares):
+            fitted = {
+                linear: refit(stream.weight(tensors, index, linear), inputs[linear].gram, kept, inputs[linear].tokens, restoration.ridge)
+                for linear, kept in removed.items()
+            }
         sliced = stream.with_weights(slice_block(tensors, architecture, config, index, keep), index, fitted)
-        sliced = _with_biases(run, choice, index, tensors, sliced, {linear: inputs[linear].mean for linear in removed})
+        means = {linear: inputs[linear].mean for linear in removed}
+        sliced = _with_biases(run, choice, index, keep, tensors, sliced, means)
         if index + 1 < len(stream):
             forward(stream.materialise(index, sliced), arguments[index], hidden.open(index), hidden.open(index + 1))
-        stream.drop(index)
+            stream.drop(index)
         shard = write_block(run, index, len(stream), sliced)
         record = facts(run, index, tensors, sliced, surveyed[index].importance)
         run.state.finish_block(WALK, [shard], record, next_input(run, hidden, index))
@@ -112,10 +125,11 @@ def _has_place(run: Pruning, choice: Choice, linear: str) -> bool:
     return architecture.slot(linear) is not None and written_type(run.stream.source.model_type, size, heads) == run.stream.source.model_type
 
 
-def _with_biases(run: Pruning, choice: Choice, index: int, dense: dict[str, Tensor], sliced: dict[str, Tensor], means: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_biases(
+    run: Pruning, choice: Choice, index: int, keep: Keep, dense: dict[str, Tensor], sliced: dict[str, Tensor], means: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """A block's tensors with biases that give back what the removed inputs gave on average, where there are means and places."""
-    architecture, prefix, keep = run.stream.architecture, run.stream.architecture.block_prefix(index), choice.keeps[index]
-    assert keep is not None
+    architecture, prefix = run.stream.architecture, run.stream.architecture.block_prefix(index)
     result = dict(sliced)
     if not isinstance(run.recipe.method, FLAP) or not run.recipe.method.compensate:
         return result

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from app.recipe import FLAP, Coarse, Owl, ZScore
+from app.recipe import FLAP, Coarse, Owl, Structured, ZScore
 from worker.allocation import DISTANCES, outlier_ratio
 from worker.blocks import RoutedExperts
-from worker.calibration import Distance, Statistic, forward, measuring
+from worker.calibration import Distance, InputStatistics, Statistic, forward, measuring
 from worker.pruners import flap
 from worker.pruners.base import DenseBlock, MaskPruner, Pruner, StructuredPruner
-from worker.walk import Pruning, float_weights, hidden_states, next_input, read_block
+from worker.walk import Pruning, hidden_states, next_input, read_block
 
 WALK = "survey"
 MEAN = "mean."  # before the name of the linear whose mean input it is
@@ -44,14 +45,13 @@ def survey(run: Pruning, pruner: Pruner) -> list[Surveyed]:
     stream, architecture, config = run.stream, run.stream.architecture, run.stream.source.config
     allocation, method = run.recipe.allots, run.recipe.method
     scorer, scored = (pruner, method) if isinstance(pruner, StructuredPruner) else _scorer_for_masks(allocation)
-    units = scorer.units(scored) if scorer else ()
     wanted = scorer.statistics(scored) if scorer else frozenset[Statistic]()
     distance = _distance(scorer, scored, allocation)
     hidden, arguments = hidden_states(run, WALK)
     for index in range(len(run.state.blocks(WALK)), len(stream)):
         tensors = read_block(run, index)
         mlps, shared = architecture.mlps(config, index), architecture.inputs(config, index)
-        measured = [mlp.down for mlp in mlps if "channels" in units] + [architecture.attention.output] * ("columns" in units)
+        measured = scored_inputs(run, scorer, index, scored) if scorer else []
         last = index + 1 == len(stream)
         target = None if last else hidden.open(index + 1)
         block = stream.materialise(index, tensors)
@@ -63,15 +63,13 @@ def survey(run: Pruning, pruner: Pruner) -> list[Surveyed]:
         with measuring(block, {*measured, *first_of_each_input}, statistics, stop) as inputs:
             moved = forward(block, arguments[index], hidden.open(index), target, distance)
         stream.drop(index)
-        looked_at = {*measured, *(linear for mlp in mlps if "channels" in units for linear in mlp.outer)}
-        weights = float_weights(run, index, tensors, None if isinstance(allocation, Owl) else looked_at)
         outliers = None
         if isinstance(allocation, Owl):
-            norms = {linear: inputs[linears[0]].norm for linears in shared for linear in linears}
-            outliers = outlier_ratio([weight.abs() * norms[linear] for linear, weight in weights.items()], allocation.threshold)
+            weights = {linear: (stream.weight(tensors, index, linear), inputs[linears[0]].norm) for linears in shared for linear in linears}
+            outliers = outlier_ratio([weight.abs() * norm for weight, norm in weights.values()], allocation.threshold)
         scores: dict[str, Tensor] = {}
         if scorer is not None:
-            dense = DenseBlock(weights, inputs, mlps, architecture.attention, moved, routed.mean())
+            dense = dense_block(run, index, tensors, inputs, moved, routed.mean())
             scores |= {str(unit): score for unit, score in scorer.score(dense, scored).items()}
         if isinstance(method, FLAP) and method.compensate:
             scores |= {MEAN + linear: inputs[linear].mean for linear in measured}
@@ -85,8 +83,27 @@ def survey(run: Pruning, pruner: Pruner) -> list[Surveyed]:
 
 def walks(run: Pruning, pruner: Pruner) -> int:
     """Walks of the calibration set that a run makes: the survey, and one that prunes block by block."""
-    sequential = isinstance(pruner, MaskPruner) or run.recipe.restoration is not None
-    return is_needed(run, pruner) + sequential
+    method = run.recipe.method
+    in_turn = isinstance(pruner, MaskPruner) or run.recipe.restoration is not None or (isinstance(method, Structured) and method.inputs == "pruned")
+    return is_needed(run, pruner) + in_turn
+
+
+def scored_inputs(run: Pruning, scorer: StructuredPruner, index: int, scored: Any = None) -> list[str]:
+    """The linears of a block whose inputs a method scores; `scored` is its config, where it isn't the recipe's method."""
+    architecture, units = run.stream.architecture, scorer.units(scored or run.recipe.method)
+    downs = [mlp.down for mlp in architecture.mlps(run.stream.source.config, index)] if "channels" in units else []
+    return downs + [architecture.attention.output] * ("columns" in units)
+
+
+def dense_block(
+    run: Pruning, index: int, tensors: dict[str, Tensor], inputs: dict[str, InputStatistics], moved: float = 0.0, routed: Tensor | None = None
+) -> DenseBlock:
+    """What a method scores of a block: the weights around the inputs that were measured."""
+    architecture = run.stream.architecture
+    mlps = architecture.mlps(run.stream.source.config, index)
+    looked_at = {*inputs, *(linear for mlp in mlps if mlp.down in inputs for linear in mlp.outer)}
+    weights = {name: run.stream.weight(tensors, index, name) for name in looked_at}
+    return DenseBlock(weights, inputs, mlps, architecture.attention, moved, torch.zeros(0) if routed is None else routed)
 
 
 def _scorer_for_masks(allocation: object) -> tuple[StructuredPruner | None, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from worker.blocks import BlockStream
 from worker.calibration import HiddenStates, embed_into
 from worker.checkpoint import shard_name, write_shard
 from worker.evaluation import LinearZeros
-from worker.pruners.base import Weights
 from worker.state import WalkState
 
 Edit = Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None]  # a block's number and tensors -> what is left of them; None: the block is dropped
@@ -81,12 +80,6 @@ def read_block(run: Pruning, index: int) -> dict[str, Tensor]:
                 f"The weight {name} holds NaN or infinity.", code="weights_not_finite", hint="The checkpoint is damaged; save or download it again."
             )
     return tensors
-
-
-def float_weights(run: Pruning, index: int, tensors: dict[str, Tensor], linears: Iterable[str] | None = None) -> Weights:
-    """Weights (C_out, C_in) of a block's linears in float32; of all where none are named."""
-    names = run.stream.architecture.linears(run.stream.source.config, index) if linears is None else linears
-    return {name: run.stream.weight(tensors, index, name) for name in names}
 
 
 def stored(run: Pruning, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

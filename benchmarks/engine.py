@@ -45,7 +45,7 @@ SWAPPED: dict[str, Any] = {"restoration": {"name": "swaps", "rounds": 10}}
 OWL: dict[str, Any] = {"allocation": "owl"}
 LAYOUTS: dict[str, dict[str, Any]] = {"per layer": PER_LAYER, "uniform": {}}
 FLAP_CODE = {"name": "flap", "mode": "code"}
-WANDA_SP = {"name": "flap", "units": "ffn", "metric": "wifn", "compensate": False}
+WANDA_SP = {"name": "flap", "units": "ffn", "metric": "wifn", "inputs": "pruned", "compensate": False}
 PUBLISHED, ALLOCATION, RESTORATION, STRUCTURE = "Methods as published", "Allocation", "Restoration without training", "What is removed"
 
 

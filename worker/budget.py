@@ -10,6 +10,7 @@ from app.exceptions import RecipeError
 from app.recipe import Budget
 from worker.choosing import Choice, choose
 from worker.slicing import edit_block, stored_size
+from worker.structured import Keep
 from worker.survey import Surveyed
 from worker.walk import Pruning, stored
 
@@ -33,16 +34,16 @@ def solve(run: Pruning, surveyed: list[Surveyed]) -> Choice:
     def fits(choice: Choice) -> bool:
         return stored_size(run, choice)[which] <= bound
 
-    if fits(choose(run, surveyed, 0.0)):
+    if fits(Choice([Keep()] * len(run.stream))):
         raise _refuse(f"The model has no more than {bound:,} {what} already.", "Ask for less than the dense model has.")
-    most = _most_possible(run, surveyed, SIZE_STEPS)
+    least, most = _possible(run, surveyed, SIZE_STEPS)
     smallest = choose(run, surveyed, most / SIZE_STEPS)
     if not fits(smallest):
         raise _refuse(
             f"{run.recipe.method.name} can't bring the model down to {bound:,} {what}.",
             f"The least that it can leave is {stored_size(run, smallest)[which]:,}.",
         )
-    step = _first(lambda step: fits(choose(run, surveyed, step / SIZE_STEPS)), 0, most)
+    step = _first(lambda step: fits(choose(run, surveyed, step / SIZE_STEPS)), least - 1, most)
     return choose(run, surveyed, step / SIZE_STEPS)
 
 
@@ -64,11 +65,12 @@ def _most_within(run: Pruning, surveyed: list[Surveyed], increase: float) -> Cho
 
     dense = float(state.figure("dense perplexity", lambda: measure(lambda index, tensors: tensors)))  # at step 0 a bound on widths may remove some
     allowed = dense * (1 + increase)
-    most = _most_possible(run, surveyed, PERPLEXITY_STEPS)
-    step = _first(lambda step: not perplexity(step) <= allowed, 0, most + 1) - 1
-    if step == 0:
+    least, most = _possible(run, surveyed, PERPLEXITY_STEPS)
+    step = _first(lambda step: not perplexity(step) <= allowed, least - 1, most + 1) - 1
+    if step < least:
         raise _refuse(
-            f"Removing {1 / PERPLEXITY_STEPS:.1%} already brings perplexity to {perplexity(1):.4g}, and {allowed:.4g} are allowed.", "Allow a larger increase."
+            f"Removing {least / PERPLEXITY_STEPS:.1%} already brings perplexity to {perplexity(least):.4g}, and {allowed:.4g} are allowed.",
+            "Allow a larger increase.",
         )
     return choose(run, surveyed, step / PERPLEXITY_STEPS)
 
@@ -81,17 +83,18 @@ def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
     return high
 
 
-def _most_possible(run: Pruning, surveyed: list[Surveyed], steps: int) -> int:
-    """The highest step whose fraction the method's own bounds allow."""
+def _possible(run: Pruning, surveyed: list[Surveyed], steps: int) -> tuple[int, int]:
+    """The lowest step from 1 and the highest whose fractions the method's own bounds allow; (1, 1) where they allow none."""
 
-    def impossible(step: int) -> bool:
+    def possible(step: int) -> bool:
         try:
             choose(run, surveyed, step / steps)
         except RecipeError:
-            return True
-        return False
+            return False
+        return True
 
-    return _first(impossible, 0, steps) - 1
+    least = next(filter(possible, range(1, steps)), 1)
+    return least, _first(lambda step: not possible(step), least, steps) - 1
 
 
 def _refuse(message: str, hint: str) -> RecipeError:

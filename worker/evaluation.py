@@ -132,6 +132,11 @@ def perplexity(
 
 
 @torch.no_grad()
-def logits(stream: BlockStream, tokens: Tensor, work: Path) -> Tensor:
-    """(B, T) token ids -> (B, T, V) logits on the CPU."""
-    return torch.stack([stream.logits(states).cpu() for states in run_blocks(stream, tokens, work)])
+def logits(
+    stream: BlockStream,
+    tokens: Tensor,
+    work: Path,
+    edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None] = lambda index, tensors: tensors,
+) -> Tensor:
+    """(B, T) token ids -> (B, T, V) logits on the CPU; `edit` is as in `run_blocks`."""
+    return torch.stack([stream.logits(states).cpu() for states in run_blocks(stream, tokens, work, edit=edit)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,6 +12,9 @@ from typing import Self
 import psutil
 
 SAMPLE_SECONDS = 0.02
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+# Where the two versions of control groups state a limit and what counts towards it.
+LIMITS = (("memory.max", "memory.current", "memory.stat"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"))
 
 
 def return_freed_memory() -> None:
@@ -29,6 +33,21 @@ def anonymous_bytes(pid: int | None = None) -> int:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:
         return 0
+
+
+def available_bytes() -> int:
+    """Memory that can still be taken: what the system has left, and what the container's limit leaves. Cached files count as free."""
+    rooms = [int(psutil.virtual_memory().available)]
+    for limit, used, details in LIMITS:
+        with suppress(OSError, ValueError):  # there are no control groups of this version, or "max" is the limit: none
+            counts = dict(line.split() for line in (CONTROL_GROUPS / details).read_text(encoding="ascii").splitlines())
+            cached = int(counts.get("active_file", 0)) + int(counts.get("inactive_file", 0))
+            rooms.append(_number(CONTROL_GROUPS / limit) - _number(CONTROL_GROUPS / used) + cached)
+    return max(0, min(rooms))
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text(encoding="ascii"))
 
 
 def peak_resident_bytes() -> int:

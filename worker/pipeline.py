@@ -1,6 +1,6 @@
 """The engine, start to end. READ THIS FIRST.
 
-    python -m worker.pipeline RECIPE.json SOURCE_DIR OUT_DIR [--work WORK_DIR] [--text NAME PATH …]
+    python -m worker.pipeline RECIPE.json SOURCE_DIR OUT_DIR [--work WORK_DIR] [--text NAME PATH …] [--memory BYTES]
 
 resolve ▸ load ▸ evaluate the dense model ▸ calibrate and prune ▸ write ▸ evaluate the result ▸ verify it in a fresh process ▸ report.
 
@@ -48,7 +48,7 @@ from worker.pruners import PRUNERS
 from worker.pruners.base import MaskPruner, Target
 from worker.pruning import prune
 from worker.state import WalkState, sha256_of
-from worker.trial import Trial, TrialError, run_trial
+from worker.trial import Trial, TrialError, fits_in_memory, run_trial
 from worker.walk import Edit, Pruned, Pruning
 
 Emit = Callable[[dict[str, Any]], None]
@@ -58,10 +58,11 @@ CHECKED_TOKENS = 128  # logits of this many tokens are compared
 LOGIT_TOLERANCE = 1e-3  # of the largest logit
 
 
-def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, texts: dict[str, Path] | None = None) -> Report:
+def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, texts: dict[str, Path] | None = None, memory_allowed: int | None = None) -> Report:
     """Run a recipe on a checkpoint folder; the result is in `out` when this returns. Raises RecipeError for what can't be run.
 
-    `texts` says where the texts lie that the recipe names otherwise than by a bundled name or a path from here.
+    `texts` says where the texts lie that the recipe names otherwise than by a bundled name or a path from here. A model that would not fit in
+    `memory_allowed` bytes, or in what is free, is never loaded whole.
     """
     texts = texts or {}
     with PeakMemory() as memory:
@@ -84,7 +85,7 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
 
         before = None
         if evaluated is not None:  # the dense model is measured once a job, however often it is attempted
-            measure = functools.partial(_measure, evaluated, source, [], work, progress, "evaluate_dense", loader=False)
+            measure = functools.partial(_measure, evaluated, source, [], work, progress, "evaluate_dense", memory_allowed, loader=False)
             before = Measured.model_validate(state.figure("before", lambda: measure().model_dump()))
         with progress.phase("prune"):
             pruned = _prune(recipe, stream, target, tokens, evaluated, state, progress)
@@ -94,9 +95,9 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
         per_layer = bool(result.config.get("per_layer_config"))
         after = None
         if evaluated is not None:
-            after = _measure(evaluated, result, pruned.zeros_after, work, progress, "evaluate", loader=per_layer)
+            after = _measure(evaluated, result, pruned.zeros_after, work, progress, "evaluate", memory_allowed, loader=per_layer)
         with progress.phase("verify"):
-            loads_with = _verify(out, result, work, per_layer)
+            loads_with = _verify(out, result, work, per_layer, memory_allowed)
 
     parameters_before = count_parameters(source, pruned.zeros_before)
     parameters_after = count_parameters(result, pruned.zeros_after)
@@ -115,14 +116,14 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
         seconds=progress.seconds,
         resumed_at_block=resumed_at,
         peak_memory_bytes=memory.bytes,
-        notes=_notes(recipe, target, pruned, parameters_before, parameters_after),
+        notes=_notes(recipe, target, pruned, parameters_before, parameters_after) + _not_loaded_whole(recipe, before, after, loads_with),
         versions=_versions(),
     )
     (out / "checkpoint" / "README.md").write_text(model_card(report), encoding="utf-8")
     if recipe.output.padded:
         (out / "padded" / "README.md").write_text(model_card(report, padded=True), encoding="utf-8")
     (out / "report.json").write_text(report.model_dump_json(indent=2), encoding="utf-8")
-    shutil.rmtree(work)
+    state.remove()
     return report
 
 
@@ -209,13 +210,25 @@ def _state_fingerprint(recipe: Recipe, weights: str, tokens: Tensor | None, eval
     return digest.hexdigest()
 
 
-def _measure(evaluated: Evaluated, source: Source, zeros: list[LinearZeros], work: Path, progress: Progress, phase: str, *, loader: bool) -> Measured:
+def _measure(
+    evaluated: Evaluated,
+    source: Source,
+    zeros: list[LinearZeros],
+    work: Path,
+    progress: Progress,
+    phase: str,
+    memory_allowed: int | None,
+    *,
+    loader: bool,
+) -> Measured:
     """Perplexity by streamed blocks in this process; speed and memory of plain transformers in a fresh one."""
     windows = evaluated.windows
     with progress.phase(phase):
         scratch = _scratch(work / phase)
-        value = perplexity(_open(source), windows, scratch, lambda index: progress.step(index + 1, int(source.config["num_hidden_layers"])))
-        trial = run_trial(source.folder, windows[:1, :CHECKED_TOKENS], loader=loader, speed=True, work=scratch) if evaluated.speed else None
+        stream = _open(source)
+        value = perplexity(stream, windows, scratch, lambda index: progress.step(index + 1, len(stream)))
+        speed = evaluated.speed and fits_in_memory(source, memory_allowed)
+        trial = run_trial(source.folder, windows[:1, :CHECKED_TOKENS], loader=loader, speed=True, work=scratch) if speed else None
         shutil.rmtree(scratch)
     return Measured(
         parameters=count_parameters(source, zeros),
@@ -261,21 +274,24 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _verify(out: Path, result: Source, work: Path, per_layer: bool) -> list[LoadCheck]:
-    """Load every artifact in a fresh process and compare its logits with this process's own."""
+def _verify(out: Path, result: Source, work: Path, per_layer: bool, memory_allowed: int | None) -> list[LoadCheck]:
+    """Load every artifact in a fresh process and compare its logits with this process's own; where they don't fit in memory, those of a few blocks."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, int(result.config["vocab_size"]), (1, CHECKED_TOKENS), generator=generator)
     scratch = _scratch(work / "verify")
-    own = logits(_open(result), tokens, scratch)
     attempts: list[tuple[Layout, str, bool]] = [("per_layer" if per_layer else "uniform", "checkpoint", per_layer)]
     if (out / "padded").is_dir():
         attempts.append(("padded", "padded", False))
-    checks = [_compare(layout, run_trial(out / folder, tokens, loader=loader, work=scratch), own) for layout, folder, loader in attempts]
+    fits = all(fits_in_memory(read_source(out / folder), memory_allowed) for _, folder, _ in attempts)
+    stream = _open(result)
+    blocks = None if fits else sorted({0, (len(stream) - 1) // 2, len(stream) - 1})
+    own = logits(stream, tokens, scratch, lambda index, tensors: tensors if blocks is None or index in blocks else None)
+    checks = [_compare(layout, run_trial(out / folder, tokens, loader=loader, blocks=blocks, work=scratch), own, blocks) for layout, folder, loader in attempts]
     shutil.rmtree(scratch)
     return checks
 
 
-def _compare(layout: Layout, trial: Trial, own: Tensor) -> LoadCheck:
+def _compare(layout: Layout, trial: Trial, own: Tensor, blocks: list[int] | None) -> LoadCheck:
     difference = float((trial.logits - own).abs().max())
     allowed = LOGIT_TOLERANCE * max(1.0, float(own.abs().max()))
     if not difference <= allowed:
@@ -284,7 +300,7 @@ def _compare(layout: Layout, trial: Trial, own: Tensor) -> LoadCheck:
             code="reload_mismatch",
             hint="This is a fault of Espalier; please report it with the recipe.",
         )
-    return LoadCheck(layout=layout, loader=trial.loader, max_logit_difference=difference, checked="logits")
+    return LoadCheck(layout=layout, loader=trial.loader, max_logit_difference=difference, checked="blocks" if blocks else "logits", blocks=blocks)
 
 
 # ------------------------------------------------------------------------- helpers
@@ -353,6 +369,19 @@ def _notes(recipe: Recipe, target: Target | None, pruned: Pruned, before: Parame
     return notes
 
 
+def _not_loaded_whole(recipe: Recipe, before: Measured | None, after: Measured | None, checks: list[LoadCheck]) -> list[str]:
+    """What was left out because a model didn't fit in memory."""
+    notes = []
+    if recipe.evaluation is not None and recipe.evaluation.speed and not (before and before.speed and after and after.speed):
+        notes.append("Speed was not measured where the model, in float32, would not have fitted in the worker's memory.")
+    if checks[0].blocks is not None:
+        notes.append(
+            "The result, in float32, would not have fitted in the worker's memory: names and shapes of all its weights were checked by transformers, and the "
+            f"logits of a model of its blocks {', '.join(map(str, checks[0].blocks))} were compared."
+        )
+    return notes
+
+
 def _versions() -> dict[str, str]:
     return {"espalier": version("espalier"), "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
 
@@ -367,6 +396,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--work", type=Path, help="where state is kept until the result is whole (default: OUT_DIR/.work)")
     parser.add_argument("--text", nargs=2, action="append", default=[], metavar=("NAME", "PATH"), help="where the text lies that the recipe calls NAME")
+    parser.add_argument("--memory", type=int, metavar="BYTES", help="what this process and those that it starts may hold (default: what is free)")
     asked = parser.parse_args()
 
     def emit(event: dict[str, Any]) -> None:
@@ -377,7 +407,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         texts = {name: Path(path) for name, path in asked.text}
-        run(_read_recipe(asked.recipe), asked.source, asked.out, asked.work or asked.out / ".work", emit, texts)
+        run(_read_recipe(asked.recipe), asked.source, asked.out, asked.work or asked.out / ".work", emit, texts, asked.memory)
     except (EspalierError, SafetensorError, TrialError, OSError) as error:
         refusal = _refusal(error)
         if refusal is None:

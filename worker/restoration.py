@@ -43,6 +43,7 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, tokens: int, ridge: float 
 
 def _cholesky(matrix: Tensor, share: float, mean: Tensor) -> Tensor:
     """Lower Cholesky factor of `matrix` + share · mean · I, the share raised as far as needed. `matrix` (K, K) is spoiled."""
+    factor: Tensor
     diagonal = matrix.diagonal().clone()
     while True:
         matrix.diagonal().copy_(diagonal + share * mean)

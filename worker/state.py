@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from app.exceptions import EspalierError
+
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
@@ -33,16 +35,36 @@ class WalkState:
 
     @classmethod
     def open(cls, work: Path, fingerprint: str) -> WalkState:
-        """The state to go on with; whatever belongs to another job or fails its hash is removed, and `refused` says why."""
+        """The state to go on with; where it belongs to another job or fails a hash, all is removed, and `refused` says why.
+
+        Raises EspalierError for a folder that holds files but no state: they are not this engine's to remove.
+        """
         work.mkdir(parents=True, exist_ok=True)
         state = cls(work, fingerprint)
         if state.path.is_file():
             state.refused = state._load()
-        if state.refused or not state.path.is_file():
-            for entry in work.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if state.refused:
+                state._clear()
+                state._save()
+        else:
+            if any(entry != state.path.with_suffix(".tmp") for entry in work.iterdir()):
+                raise EspalierError(
+                    f"The work directory {work} holds files of something else.", code="work_not_empty", hint="Name a new or an empty directory."
+                )
             state._save()
         return state
+
+    def remove(self) -> None:
+        """Remove the work directory."""
+        self._clear()
+        self.path.unlink()
+        self.work.rmdir()
+
+    def _clear(self) -> None:
+        """Remove all but `state.json`, which goes last: it tells a later attempt that the rest may go."""
+        for entry in self.work.iterdir():
+            if entry != self.path:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def blocks(self, walk: str) -> list[dict[str, Any]]:
         """The records of a walk, in the order of the blocks."""

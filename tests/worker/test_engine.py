@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import espalier.loader  # noqa: F401  makes from_pretrained build per-layer widths
@@ -76,13 +81,20 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 TIED = ("llama", "qwen2", "gemma2", "gemma3_text", "opt", "gpt2")
 
 
-def check_result(folder: Path, result: Source, pruned: Pruned, scratch: Path) -> Any:
-    """What every result must be: loaded by from_pretrained, it computes what the engine computed, generates, and has the parameters that were counted."""
+def check_result(folder: Path, result: Source, pruned: Pruned, scratch: Path, left: Path | None = None) -> Any:
+    """What every result must be: loaded by from_pretrained, it computes what the engine computed, generates, and has the parameters that were counted.
+
+    `left` is where it stays, with what it computes, to be loaded by another process.
+    """
     model = load_model(pruned.folder).float()
     tokens = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(1))
     scratch.mkdir()
+    own = logits(BlockStream(result), tokens, scratch)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, logits(BlockStream(result), tokens, scratch), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(tokens).logits, own, atol=1e-4, rtol=1e-4)
+    if left is not None:
+        shutil.copytree(pruned.folder, left / "checkpoint")
+        save_file({"tokens": tokens, "logits": own}, left / "expected.safetensors")
     generated = model.generate(tokens[:1, :4], attention_mask=torch.ones(1, 4, dtype=torch.int64), max_new_tokens=5, do_sample=False, pad_token_id=1)
     assert 5 <= generated.shape[1] <= 9
     counted = count_parameters(result, pruned.zeros_after)
@@ -91,10 +103,16 @@ def check_result(folder: Path, result: Source, pruned: Pruned, scratch: Path) ->
     return model
 
 
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the matrix leaves its results."""
+    return tmp_path_factory.mktemp("matrix")
+
+
 @pytest.mark.parametrize("layout", ["uniform", "per_layer"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_matrix(method: str, model_type: str, layout: str, text: Path, tmp_path: Path) -> None:
+def test_the_matrix(method: str, model_type: str, layout: str, text: Path, matrix: Path, tmp_path: Path) -> None:
     facts, architecture = METHODS[method][1], ARCHITECTURES[model_type]
     if (layout == "per_layer" and facts.allocation is None) or (layout == "per_layer" and not facts.structured):
         with pytest.raises(ValueError, match="per_layer"):
@@ -112,7 +130,7 @@ def test_the_matrix(method: str, model_type: str, layout: str, text: Path, tmp_p
             return
         recipe = recipe_of({"name": "flap", "units": "ffn"}, 0.25, text)
     result, pruned = prune_folder(folder, recipe, tmp_path / "work")
-    model = check_result(folder, result, pruned, tmp_path / "scratch")
+    model = check_result(folder, result, pruned, tmp_path / "scratch", left=matrix / f"{method}-{model_type}-{layout}")
     assert model.config.tie_word_embeddings == (model_type in TIED)
 
     before = count_parameters(read_source(folder), pruned.zeros_before)
@@ -138,6 +156,17 @@ def test_the_matrix(method: str, model_type: str, layout: str, text: Path, tmp_p
         assert denominator == pytest.approx(0.25, abs=0.005)
         if layout == "uniform":
             assert len(set(zip(widths_of(pruned), groups_of(pruned), strict=True))) == 1
+
+
+def test_the_matrix_loads_in_a_fresh_process(matrix: Path) -> None:
+    """The results of the test before this one, all of them: the same logits, and they generate."""
+    left = sorted(folder.name for folder in matrix.iterdir())
+    assert {name.partition("-")[0] for name in left} == set(METHODS)
+    assert {name.split("-")[1] for name in left} == set(MODEL_TYPES)
+    command = [sys.executable, "-m", "tests.worker.reload", str(matrix)]
+    loaded = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False)
+    assert loaded.returncode == 0, loaded.stderr
+    assert json.loads(loaded.stdout) == left
 
 
 @pytest.mark.parametrize("model_type", [name for name, architecture in ARCHITECTURES.items() if not architecture.groups_fixed])
@@ -469,6 +498,35 @@ def test_a_size_that_cannot_be_met_is_refused(text: Path, tmp_path: Path) -> Non
         assert hint in refused.value.hint
 
 
+# ----------------------------------------------- on the pruned model's inputs
+
+
+def test_scores_on_pruned_inputs_are_those_of_the_model_pruned_so_far(text: Path, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "dense", "llama")
+    recipe = recipe_of({"name": "cfsp", "mode": "code", "inputs": "pruned"}, 0.5, text)
+    result, pruned = prune_folder(folder, recipe, tmp_path / "work")
+    check_result(folder, result, pruned, tmp_path / "scratch")
+    tokens = random_windows(tokenize(folder, str(text), {}), recipe.calibration)
+    model, ours = load_model(folder), load_model(pruned.folder)
+    for layer, sliced in zip(model.model.layers, ours.model.layers, strict=True):
+        kept = inputs_of(model, layer.mlp.down_proj, tokens).norm(dim=0).topk(24).indices.sort().values
+        torch.testing.assert_close(sliced.mlp.down_proj.weight, layer.mlp.down_proj.weight[:, kept])
+        keep = torch.zeros(FFN)
+        keep[kept] = 1
+        layer.mlp.down_proj.weight.data *= keep
+
+
+@pytest.mark.parametrize("share", [0.9, 0.4])
+def test_a_size_is_met_where_a_bound_on_widths_asks_for_pruning_itself(share: float, text: Path, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "dense", "llama", layers=4, ffn=96)
+    dense = count_parameters(read_source(folder), [])
+    bounded = {"allocation": {"name": "coarse", "max_layer_share": share}, "output": {"layout": "per_layer"}}
+    asked = dense.all - int(dense.ffn * 0.7)
+    result, pruned = prune_folder(folder, recipe_of("cfsp", {"target_parameters": asked}, text, **bounded), tmp_path / "work")
+    assert max(widths_of(pruned)) <= 96 * share
+    assert asked - 3 * 32 * 2 <= count_parameters(result, []).all <= asked
+
+
 # ---------------------------------------------------------------- restoration
 
 
@@ -513,6 +571,7 @@ WALKS: list[tuple[Any, dict[str, Any], int]] = [  # method, more of the recipe, 
     ("sparsegpt", {}, 1),
     ("cfsp", {"output": {"layout": "per_layer"}}, 1),
     ("cfsp", {"restoration": "least_squares"}, 2),
+    ({"name": "cfsp", "inputs": "pruned"}, {}, 2),
     ("flap", {"output": {"layout": "per_layer"}, "restoration": "least_squares"}, 2),
     ("depth", {}, 1),
 ]

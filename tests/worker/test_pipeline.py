@@ -78,6 +78,23 @@ def test_a_recipe_runs_to_a_report_and_checkpoints_that_were_tried(text: Path, t
     assert not (tmp_path / "out" / ".work").exists()
 
 
+def test_a_result_that_does_not_fit_in_memory_is_tried_by_shapes_and_a_few_blocks(text: Path, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "dense", "llama", layers=6)
+    evaluation = {"source": "mine", "windows": 2, "sequence_length": 32}
+    recipe = write_recipe(tmp_path, evaluation=evaluation, output={"layout": "per_layer", "padded": True})
+    code, _, stderr = finished(engine(recipe, source, tmp_path / "out", text, "--memory", "1000000"))
+    assert code == 0, stderr
+    report = Report.model_validate_json((tmp_path / "out" / "report.json").read_bytes())
+    assert [(check.layout, check.checked, check.blocks) for check in report.loads_with] == [("per_layer", "blocks", [0, 2, 5]), ("padded", "blocks", [0, 2, 5])]
+    assert all(check.max_logit_difference < 1e-3 for check in report.loads_with)
+    assert report.after is not None
+    assert report.after.perplexity is not None
+    assert report.after.speed is None
+    assert [note for note in report.notes if "Speed was not measured" in note]
+    assert [note for note in report.notes if "its blocks 0, 2, 5 were compared" in note]
+    assert "its blocks 0, 2, 5 were compared" in (tmp_path / "out" / "checkpoint" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(("method", "sparsity"), [("cfsp", 0.25), ("wanda", "2:4")])
 def test_the_same_recipe_gives_the_same_bytes_also_after_a_kill(method: str, sparsity: Any, text: Path, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "dense", "qwen3", layers=6)

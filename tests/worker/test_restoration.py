@@ -34,7 +34,8 @@ def least_squares(weight: Tensor, x: Tensor, keep: Tensor, penalty: float) -> Te
     kept = x[:, keep] / len(x) ** 0.5
     rows = torch.cat([kept, penalty**0.5 * torch.eye(kept.shape[1], dtype=torch.float64)])
     values = torch.cat([x @ weight.T / len(x) ** 0.5, penalty**0.5 * weight[:, keep].T])
-    return torch.linalg.lstsq(rows, values).solution.T
+    solution: Tensor = torch.linalg.lstsq(rows, values).solution
+    return solution.T
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.5, 3.0, 50.0])
@@ -103,7 +104,8 @@ def test_the_gram_matrix_and_the_weight_are_left_as_they_are() -> None:
     weight, gram = weight_of(6, 10), gram_of(correlated(50, 10))
     before = weight.clone(), gram.clone()
     refit(weight, gram, KEEP, 50)
-    assert torch.equal(weight, before[0]) and torch.equal(gram, before[1])
+    assert torch.equal(weight, before[0])
+    assert torch.equal(gram, before[1])
 
 
 def test_what_is_no_gram_matrix_is_refused() -> None:

@@ -12,9 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import __version__
 
+from app.recipe import MODEL_TYPES
 from app.source import read_source
 from tests.models import load_model, make_checkpoint, pruned_checkpoint
-from worker.trial import TrialError, load, measure_speed, run_trial
+from worker import memory
+from worker.blocks import BlockStream
+from worker.evaluation import logits
+from worker.memory import anonymous_bytes, available_bytes
+from worker.trial import PROCESS_BYTES, TrialError, fits_in_memory, load, measure_speed, run, run_trial
 
 TOKENS = torch.arange(3, 63).reshape(2, 30)
 
@@ -124,3 +129,67 @@ def test_a_short_context_is_not_overrun(tmp_path: Path) -> None:
     model = load(make_checkpoint(tmp_path, "llama"), loader=False, dtype=torch.float32)
     model.config.max_position_embeddings = 100
     assert measure_speed(model, TOKENS).prefill_tokens == 36
+
+
+# What doesn't fit in memory.
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_few_blocks_alone_compute_what_the_engine_computes_with_them(model_type: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", model_type, layers=5, max_shard_size="20KB")
+    blocks = [0, 1, 4]
+    alone = run(load(folder, loader=False, dtype=torch.float32, blocks=blocks), TOKENS)
+    stream = BlockStream(read_source(folder))
+    torch.testing.assert_close(alone, logits(stream, TOKENS, tmp_path, lambda index, tensors: tensors if index in blocks else None), atol=1e-4, rtol=1e-4)
+    assert float((alone - logits(stream, TOKENS, tmp_path)).abs().max()) > 1e-2  # the others would have shown
+
+
+def test_a_few_blocks_of_their_own_widths(tmp_path: Path) -> None:
+    source = read_source(make_checkpoint(tmp_path / "source", "llama", layers=4))
+    folder = pruned_checkpoint(source, tmp_path / "per_layer", [20, 48, 31, 7], "per_layer")
+    trial = run_trial(folder, TOKENS, loader=True, blocks=[0, 3], work=tmp_path)
+    with torch.no_grad():
+        model = load_model(tmp_path / "source")
+        for index, width in ((0, 20), (3, 7)):
+            model.model.layers[index].mlp.down_proj.weight[:, width:] = 0
+        model.model.layers = model.model.layers[::3]
+        model.config.num_hidden_layers = 2
+        expected = model(TOKENS, use_cache=False).logits
+    torch.testing.assert_close(trial.logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over", "of another shape"])
+def test_names_and_shapes_of_the_other_blocks_are_checked_too(fault: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "llama", layers=3)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    if fault == "missing":
+        del weights[name]
+    elif fault == "left over":
+        weights["model.layers.1.mlp.up_proj.bias"] = torch.zeros(48)
+    else:
+        weights[name] = weights[name][:40].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match=r"missing_keys|unexpected_keys|size mismatch|ignore_mismatched_sizes"):
+        load(folder, loader=False, dtype=torch.float32, blocks=[0, 2])
+
+
+def test_whether_a_model_fits_is_told_by_its_size_in_float32(tmp_path: Path) -> None:
+    source = read_source(make_checkpoint(tmp_path, "llama", dtype=torch.bfloat16))
+    needed = PROCESS_BYTES + 4 * sum(weight.numel() for weight in load_file(tmp_path / "model.safetensors").values())
+    assert fits_in_memory(source)
+    assert fits_in_memory(source, needed + anonymous_bytes() + (64 << 20))
+    assert not fits_in_memory(source, needed + anonymous_bytes() // 2)
+
+
+@pytest.mark.parametrize("names", [("memory.max", "memory.current", "memory.stat"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")])
+def test_a_containers_limit_bounds_what_is_available(names: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path if names[0] == "memory.max" else tmp_path / "memory"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path)
+    unbounded = available_bytes()
+    for name, content in zip(names, ("60000000\n", "50000000\n", "anon 20000000\nactive_file 5000000\ninactive_file 25000000\n"), strict=True):
+        (folder / name).write_text(content)
+    assert available_bytes() == 60000000 - 50000000 + 30000000
+    (folder / names[0]).write_text("max\n")
+    assert available_bytes() > unbounded / 2 > 40000000

@@ -1,0 +1,323 @@
+"""Bonsai's maths against plain loops, normal equations and torch's own optimiser."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NoReturn
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from worker.pruners import bonsai
+from worker.pruners.bonsai import (
+    STRENGTHS,
+    candidates,
+    draw_masks,
+    fit,
+    fit_released,
+    kendall_tau,
+    round_fraction,
+    sampling,
+    select,
+    select_local,
+    stable,
+    utility,
+)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------- drawing masks
+
+
+@pytest.mark.parametrize(("units", "fixed"), [(1, 0), (3, 2), (9, 8), (10, 9), (32, 28), (1536, 1382)])
+def test_candidates_are_the_units_below_the_released_top_set(units: int, fixed: int) -> None:
+    prior = torch.rand(units, generator=seeded())
+    candidate = candidates(prior, 0.05)
+    values = prior.tolist()
+    assert candidate.tolist() == [sum(other > one for other in values) >= fixed for one in values]
+    assert candidates(prior, 0.5).all()
+
+
+def test_a_unit_is_drawn_in_proportion_to_what_it_lacks() -> None:
+    prior = torch.tensor([1.0, 5.0, 3.0, 2.0])
+    assert sampling(prior, torch.tensor([True, False, True, True])).tolist() == pytest.approx([4 / 9, 0, 2 / 9, 3 / 9])
+    assert sampling(torch.ones(3), torch.tensor([False, True, True])).tolist() == [0, 0.5, 0.5]
+    assert sampling(torch.tensor([7.0]), torch.tensor([True])).tolist() == [1]
+
+
+@given(data=st.data(), released=st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_masks_spare_fixed_units_and_pairs_divide_the_candidates(data: st.DataObject, released: bool) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4))
+    fraction = data.draw(st.floats(0.01, 0.6))
+    seed = data.draw(st.integers(0, 1000))
+    priors = [torch.randint(0, 4, (size,), generator=seeded(seed + size)).float() for size in sizes]
+    chosen = [candidates(prior, fraction) for prior in priors]
+    drawn = [sampling(prior, candidate) for prior, candidate in zip(priors, chosen, strict=True)]
+    masks = draw_masks(drawn, chosen, fraction, 4, seeded(seed), released)
+    assert masks.shape == (8, sum(sizes))
+    assert masks.dtype == torch.bool
+    assert torch.equal(masks, draw_masks(drawn, chosen, fraction, 4, seeded(seed), released))
+    candidate = torch.cat(chosen)
+    assert masks[:, ~candidate].all()
+    assert torch.equal(masks[::2, candidate], ~masks[1::2, candidate])
+    if released:
+        for of_module, which in zip(masks[::2].split(sizes, dim=1), chosen, strict=True):
+            assert (~of_module).sum(dim=1).tolist() == [min(int(fraction * len(which)) + 1, int(which.sum()))] * 4
+
+
+def test_draws_without_replacement_follow_the_probabilities() -> None:
+    probability = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64)
+    masks = draw_masks([probability], [torch.tensor([True, True, True, False])], 0.25, 20000, seeded(), released=True)
+    drawn = (~masks[::2]).double().mean(dim=0)
+    expected = [0.0] * 4
+    for first, second in itertools.permutations(range(3), 2):  # int(0.25 · 4) + 1 = 2 draws
+        chance = float(probability[first] * probability[second] / (1 - probability[first]))
+        expected[first] += chance
+        expected[second] += chance
+    assert drawn.tolist() == pytest.approx(expected, abs=0.01)
+
+
+def test_only_released_masks_tie_modules_together() -> None:
+    single = [torch.tensor([True, False, False])] * 6  # six modules with one candidate each
+    probability = [torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)] * 6
+    released = draw_masks(probability, single, 0.05, 40, seeded(), released=True)[:, ::3]
+    assert (released == released[:, :1]).all()
+    masks = draw_masks(probability, single, 0.05, 40, seeded())[:, ::3]
+    assert torch.linalg.matrix_rank(masks.double() - 0.5) == 6
+
+
+def test_utility_bounds_what_is_broken() -> None:
+    perplexity = torch.tensor([1.0, 20.0, 1e12, math.inf, math.nan])
+    assert utility(perplexity, released=True).tolist() == [-1, -20, -1e8, -1e8, -1e8]
+    assert utility(perplexity).tolist() == pytest.approx([0, -math.log(20)] + [-math.log(1e8)] * 3)
+
+
+# ------------------------------------------------------------- linear models
+
+
+def naive_tau(one: list[float], other: list[float]) -> float:
+    concordant, untied_one, untied_other = 0, 0, 0
+    for i, j in itertools.combinations(range(len(one)), 2):
+        a, b = (one[i] > one[j]) - (one[i] < one[j]), (other[i] > other[j]) - (other[i] < other[j])
+        concordant, untied_one, untied_other = concordant + a * b, untied_one + a * a, untied_other + b * b
+    return concordant / math.sqrt(untied_one * untied_other) if untied_one * untied_other else math.nan
+
+
+@given(rows=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=12))
+@settings(deadline=None)
+def test_kendall_tau_counts_pairs(rows: list[tuple[int, int, int]]) -> None:
+    reference, *vectors = (list(map(float, column)) for column in zip(*rows, strict=True))
+    taus = kendall_tau(torch.tensor(vectors), torch.tensor(reference))
+    assert taus.tolist() == pytest.approx([naive_tau(vector, reference) for vector in vectors], nan_ok=True)
+
+
+def naive_ridge(masks: Tensor, utility: Tensor, prior: Tensor, modules: Tensor, strength: float) -> Tensor:
+    """One coefficient for each module and each unit, by normal equations."""
+    indicator = torch.nn.functional.one_hot(modules).double()
+    x = (masks.double() - masks.double().mean(dim=0)) * prior
+    y = utility - utility.mean()
+    total = x.sum(dim=1)
+    slope = max(float(total @ y / (total @ total)), 0)
+    shared = x @ indicator
+    own_scale, shared_scale = ((kernel @ kernel.T).diagonal().mean().sqrt() for kernel in (x, shared))
+    features = torch.cat((x / own_scale, shared / shared_scale), dim=1)
+    system = features.T @ features + 2 * strength * torch.eye(features.shape[1], dtype=torch.float64)
+    coefficients = torch.linalg.solve(system, features.T @ (y - slope * total))
+    own, by_module = coefficients.split((len(prior), indicator.shape[1]))
+    weights: Tensor = prior * (slope + own / own_scale + (indicator @ by_module) / shared_scale)
+    return weights
+
+
+def problem(pairs: int, sizes: tuple[int, ...] = (20, 12, 1, 1), seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Masks, utilities, prior, modules and the true worth of every candidate."""
+    generator = seeded(seed)
+    modules = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    prior = torch.rand(len(modules), generator=generator, dtype=torch.float64) + 0.2
+    of_module = torch.rand(len(sizes), generator=generator, dtype=torch.float64) * 3
+    true = prior * (of_module[modules] + torch.rand(len(modules), generator=generator, dtype=torch.float64))
+    all_candidates = [torch.ones(size, dtype=torch.bool) for size in sizes]
+    masks = draw_masks([mask / mask.sum(dtype=torch.float64) for mask in all_candidates], all_candidates, 0.5, pairs, generator)
+    noise = 0.05 * torch.randn(2 * pairs, generator=generator, dtype=torch.float64)
+    return masks, masks.double() @ true + noise - 3, prior, modules, true
+
+
+@pytest.mark.parametrize("pairs", [3, 20])
+def test_the_fit_is_the_ridge_of_best_tau_on_left_out_pairs(pairs: int) -> None:
+    masks, y, prior, modules, _ = problem(pairs)
+    taus = []
+    for strength in STRENGTHS:
+        predicted = torch.zeros(2 * pairs, dtype=torch.float64)
+        for number in range(min(5, pairs)):
+            test = torch.tensor([pair % 5 == number for pair in range(pairs) for _ in range(2)])
+            weights = naive_ridge(masks[~test], y[~test], prior, modules, strength)
+            predicted[test] = (masks[test].double() - masks[~test].double().mean(dim=0)) @ weights + y[~test].mean()
+        taus.append(naive_tau(predicted.tolist(), y.tolist()))
+    found = fit(masks, y, prior, modules)
+    assert found.tau == pytest.approx(max(taus))
+    torch.testing.assert_close(found.weights, naive_ridge(masks, y, prior, modules, STRENGTHS[taus.index(max(taus))]))
+
+
+def test_masks_add_what_the_prior_does_not_know() -> None:
+    masks, y, prior, modules, true = problem(60)
+
+    def rank_agreement(weights: Tensor) -> float:
+        return float(kendall_tau(weights.unsqueeze(0), true))
+
+    found = fit(masks, y, prior, modules)
+    assert found.tau > 0.9
+    assert rank_agreement(found.weights) > max(0.85, rank_agreement(prior) + 0.2)
+    local = fit(masks[:, :20], y, prior[:20], torch.zeros(20, dtype=torch.long))
+    assert float(kendall_tau(local.weights.unsqueeze(0), true[:20])) > float(kendall_tau(prior[:20].unsqueeze(0), true[:20]))
+
+
+def test_without_evidence_the_prior_ranks() -> None:
+    masks, y, prior, modules, _ = problem(4)
+    weights = fit(masks, torch.zeros_like(y), prior, modules).weights
+    assert torch.equal(weights.argsort(), prior.argsort())
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_fit_wants_pairs(count: int) -> None:
+    masks, y, prior, modules, _ = problem(4)
+    with pytest.raises(ValueError, match="not two or more pairs"):
+        fit(masks[:count], y[:count], prior, modules)
+
+
+def trained_by_torch(x: Tensor, y: Tensor, x_judged: Tensor, y_judged: Tensor, start: Tensor, rate: float, strength: float) -> tuple[Tensor, float]:
+    """The released training, all masks in one batch, with torch's optimiser and autograd."""
+    weights, bias = start.clone().requires_grad_(), torch.zeros(1, requires_grad=True)
+    optimiser = torch.optim.Adam([weights, bias], lr=rate)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, mode="max", factor=0.5, patience=3, min_lr=1e-5)
+    best, kept, since_best = -1e5, start, 0
+    for _ in range(50):
+        loss = torch.nn.functional.mse_loss(x @ weights + bias, y) + strength * weights.abs().sum()
+        optimiser.zero_grad()
+        torch.autograd.backward([loss])
+        optimiser.step()
+        tau = naive_tau((x_judged @ weights + bias).tolist(), y_judged.tolist())
+        if tau >= best:
+            best, kept, since_best = tau, weights.detach().clone(), 0
+        schedule.step(tau)
+        since_best += 1
+        if since_best > 10:
+            break
+    return kept, best
+
+
+def test_the_released_training_is_adam_with_its_schedule() -> None:
+    masks, y, prior, _, _ = problem(15)
+    x, y = masks.float(), (y - y.mean()).float()
+    start = (prior / prior.sum()).float()
+    rates, strengths = torch.tensor([0.05, 0.01, 0.0004, 0.3]), torch.tensor([0.0, 1e-2, 1e-4, 1.0])
+    weights, taus = bonsai._descend(x[6:], y[6:], x[:6], y[:6], start, rates, strengths, 64, seeded())
+    for found, tau, rate, strength in zip(weights, taus, rates.tolist(), strengths.tolist(), strict=True):
+        expected, best = trained_by_torch(x[6:], y[6:], x[:6], y[:6], start, rate, strength)
+        assert float(tau) == pytest.approx(best)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_the_released_grid_chooses_by_contiguous_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All masks in one batch, so that the order of batches doesn't matter."""
+    monkeypatch.setattr(bonsai, "BATCH_SIZES", (64,))
+    masks, y, prior, _, _ = problem(10, sizes=(6,))
+
+    def expected(start: Tensor, norm: float) -> Tensor:
+        scores = {}
+        x = masks.float() / norm
+        for factor, strength in itertools.product((100.0, 10.0, 1.0, 0.1), (1e2, 1e-4, 0.0)):
+            taus = []
+            for number in range(5):
+                test = torch.tensor([row // 4 == number for row in range(20)])
+                centred = (y - y[~test].mean()).float()
+                taus.append(trained_by_torch(x[~test], centred[~test], x[test], centred[test], start, 1 / (6 * factor), strength / norm)[1])
+            scores[factor, strength] = sum(taus) / 5
+        factor, strength = max(scores, key=lambda setting: scores[setting])
+        assert fit_released(masks, y, seeded(), None if norm == 1 else prior).tau == pytest.approx(scores[factor, strength])
+        centred = (y - y.mean()).float()
+        return trained_by_torch(x, centred, x, centred, start, 1 / (6 * factor), strength / norm)[0]
+
+    torch.testing.assert_close(fit_released(masks, y, seeded()).weights.float(), expected(torch.zeros(6), 1), atol=1e-4, rtol=1e-3)
+    start = (prior / prior.sum()).float()
+    torch.testing.assert_close(fit_released(masks, y, seeded(), prior).weights.float(), expected(start, math.sqrt(2)), atol=1e-4, rtol=1e-3)
+
+
+def test_the_released_fit_wants_a_mask_for_each_fold() -> None:
+    masks, y, *_ = problem(2)
+    with pytest.raises(ValueError, match="too few"):
+        fit_released(masks, y, seeded())
+
+
+def test_nothing_goes_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("a backward pass")
+
+    monkeypatch.setattr(torch.autograd, "backward", refuse)
+    monkeypatch.setattr(torch.Tensor, "backward", refuse)
+    monkeypatch.setattr(bonsai, "EPOCHS", 3)
+    with torch.inference_mode():
+        masks, y, prior, modules, _ = problem(5)
+        weights = fit(masks, y, prior, modules).weights
+        released = fit_released(masks, y, seeded()).weights
+        assert torch.equal(weights, fit(masks, y, prior, modules).weights)
+        assert torch.equal(released, fit_released(masks, y, seeded()).weights)
+        assert not weights.requires_grad
+        assert not released.requires_grad
+
+
+# ------------------------------------------------------------ what is removed
+
+
+@given(data=st.data(), released=st.booleans())
+@settings(deadline=None)
+def test_selection_is_the_loop_over_ranked_units(data: st.DataObject, released: bool) -> None:
+    count = data.draw(st.integers(1, 25))
+    weights = data.draw(st.lists(st.integers(-5, 5), min_size=count, max_size=count))
+    modules = sorted(data.draw(st.lists(st.integers(0, 2), min_size=count, max_size=count)))
+    costs = [(3, 40, 7)[module] for module in modules]
+    removable = data.draw(st.lists(st.integers(0, 25), min_size=3, max_size=3)) if not released else [25] * 3
+    budget = data.draw(st.integers(0, 300))
+    chosen = select(torch.tensor(weights).double(), torch.tensor(costs), torch.tensor(modules), removable, budget, released)
+    spent, expected, taken = 0, set(), [0, 0, 0]
+    for unit in sorted(range(count), key=lambda unit: weights[unit] / (1 if released else costs[unit])):
+        allowed = taken[modules[unit]] < removable[modules[unit]]
+        if released:
+            spent += costs[unit]
+            if spent <= budget:
+                expected.add(unit)
+        elif allowed and spent + costs[unit] <= budget:
+            spent, taken[modules[unit]] = spent + costs[unit], taken[modules[unit]] + 1
+            expected.add(unit)
+    assert set(chosen.nonzero().squeeze(1).tolist()) == expected
+    assert int(torch.tensor(costs)[chosen].sum()) <= budget
+
+
+def test_the_local_model_cuts_at_the_quantile() -> None:
+    candidate = torch.tensor([True, False, True, True, False, False, False, False, False, True, False])
+    removed = select_local(torch.tensor([0.3, -0.1, 0.2, 0.9]), candidate, 0.2)  # the quantile is the third of eleven
+    assert removed.nonzero().squeeze(1).tolist() == [0, 2, 3]
+    assert select_local(torch.tensor([5.0]), torch.tensor([False, True, False]), 0.05).tolist() == [False, True, False]
+
+
+def test_stable_compares_parameters_not_units() -> None:
+    costs = torch.tensor([100, 1, 1])
+    dear, cheap = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    assert stable(dear, cheap, costs)
+    assert not stable(dear, cheap, costs, overlap=0.995)
+    assert not stable(dear, ~dear, costs)
+    assert stable(~dear & dear, ~dear & dear, costs)
+
+
+def test_rounds_stop_at_the_target() -> None:
+    assert round_fraction(0.5, 0.1, 0.05) == 0.05
+    assert round_fraction(0.5, 0.47, 0.05) == pytest.approx(0.03)
+    assert round_fraction(0.5, 0.485, 0.05) == 0
+    assert round_fraction(0.5, 0.6, 0.05) == 0
+    assert round_fraction(0.5, 0.485, 0.05, tolerance=1e-5) == pytest.approx(0.015)

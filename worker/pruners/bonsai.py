@@ -1,0 +1,285 @@
+"""Bonsai (Dery et al. 2024, arXiv 2402.05406): what a unit is worth is read off the perplexities of random sub-models, from forward passes only.
+
+A unit is an FFN channel or a KV group of attention; a module is all units of one kind in one block. In a round, each module's least units by a prior are its
+candidates; masks remove some of them; a linear model from masks to utilities gives each candidate a weight; the least worthy go.
+
+`released=True` is the authors' code. What differs by default, and why:
+
+- Any number of a module's candidates is removed together, drawn anew for each module and pair. The released masks remove half of each module's candidates each
+  time, so no linear model can tell one module's units from another's; and where a module has one candidate, as attention with few KV groups has, all such
+  modules lose theirs in the same masks.
+- The utility is -log perplexity; -perplexity is a regression on its outliers.
+- The linear model is a ridge regression, in closed form, that shrinks towards the prior: masks are far fewer than candidates.
+- Candidates are ranked by weight per parameter: a KV group holds a hundred times what a channel does.
+
+Notation: n units of a module, U units of all modules, C candidates of all modules, M masks, S settings tried at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worker.masks import keep_largest
+
+FOLDS = 5
+MOST_PERPLEXITY = 1e8  # a broken sub-model's
+STRENGTHS = tuple(10.0 ** (exponent / 2) for exponent in range(4, -7, -1))  # of the ridge, relative to the masks' own variance; the strongest first
+
+# The authors' grid and training.
+RATE_FACTORS = (100.0, 10.0, 1.0, 0.1)
+L1_STRENGTHS = (1e2, 1e-4, 0.0)
+BATCH_SIZES = (32, 64, 128)
+EPOCHS, PATIENCE = 50, 10
+PLATEAU_PATIENCE, LEAST_RATE = 3, 1e-5
+RELEASED_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear model from masks to utilities."""
+
+    weights: Tensor  # (C,): what the utility gains by each candidate
+    tau: float  # Kendall's, between utilities and their predictions from other masks; of the released fit, the mean of each fold's best epoch
+
+
+# ------------------------------------------------------------- drawing masks
+
+
+def candidates(prior: Tensor, prune_fraction: float) -> Tensor:
+    """Which units of a module can be removed in this round: all but the int(n·(1 - 2p)) of largest prior. (n,) -> (n,) bool.
+
+    At least one unit can be as long as p > 0: one of three KV groups at p = 0.05. In the released code p is a fraction of the first model, though n shrinks:
+    at half the model left, a round's budget is all candidates together. With p relative to what is left the regression keeps its say.
+    """
+    return ~keep_largest(prior, int(len(prior) * (1 - 2 * prune_fraction)))
+
+
+def sampling(prior: Tensor, candidates: Tensor) -> Tensor:
+    """Probability of each unit of a module to be drawn for removal: in proportion to (max prior - prior), the maximum over all units, and 0 for fixed ones.
+
+    (n,), (n,) bool -> (n,) float64. Uniform where all candidates are at the maximum.
+    """
+    below = torch.where(candidates, prior.max() - prior, 0).double()
+    return below / below.sum() if float(below.sum()) > 0 else candidates / candidates.sum(dtype=torch.float64)
+
+
+def draw_masks(
+    probabilities: Sequence[Tensor],
+    candidates: Sequence[Tensor],
+    prune_fraction: float,
+    pairs: int,
+    generator: torch.Generator,
+    released: bool = False,
+) -> Tensor:
+    """Random masks in pairs: of each module's candidates, what one of a pair removes, the other keeps. Each (n,), each (n,) bool -> (2·pairs, U) bool.
+
+    A pair draws k of a module's candidates without replacement. By default k is anything from none to all, and a coin decides which of the two loses them.
+    As released, k = int(p·n) + 1, at most all candidates, and the first of each pair loses them. Fixed units always stay. All tensors are the CPU's.
+    """
+    columns = []
+    for probability, candidate in zip(probabilities, candidates, strict=True):
+        count = int(candidate.sum())
+        # The k smallest of Exp(1) / q are k draws without replacement (Efraimidis and Spirakis 2006).
+        keys = torch.empty(pairs, count, dtype=torch.float64).exponential_(generator=generator) / probability[candidate]
+        rank = keys.argsort(dim=1).argsort(dim=1)
+        if released:
+            keep = rank >= int(prune_fraction * len(candidate)) + 1  # (pairs, candidates of the module)
+        else:
+            keep = rank >= torch.randint(count + 1, (pairs, 1), generator=generator)
+            keep ^= torch.randint(2, (pairs, 1), generator=generator).bool()
+        masks = torch.ones(2 * pairs, len(candidate), dtype=torch.bool)
+        masks[:, candidate] = torch.stack((keep, ~keep), dim=1).view(2 * pairs, count)
+        columns.append(masks)
+    return torch.cat(columns, dim=1)
+
+
+def utility(perplexity: Tensor, released: bool = False) -> Tensor:
+    """-log perplexity, or -perplexity as released, of any shape. Perplexities that are NaN or above 1e8 count as 1e8."""
+    bounded = torch.where(perplexity < MOST_PERPLEXITY, perplexity.double(), MOST_PERPLEXITY)
+    return -bounded if released else -bounded.log()
+
+
+# ------------------------------------------------------------ linear models
+
+
+def kendall_tau(one: Tensor, other: Tensor) -> Tensor:
+    """Kendall's τ-b between rows (S, M) and one vector (M,) -> (S,); NaN where all entries are equal."""
+    signs, reference = (one.unsqueeze(-1) - one.unsqueeze(-2)).sign(), (other.unsqueeze(-1) - other.unsqueeze(-2)).sign()
+    norms = signs.square().sum(dim=(-2, -1)).sqrt() * reference.square().sum().sqrt()
+    return (signs * reference).sum(dim=(-2, -1)) / norms
+
+
+def fit(masks: Tensor, utility: Tensor, prior: Tensor, modules: Tensor) -> Fit:
+    """Ridge regression of utilities on masks that shrinks towards the prior: (M, C) bool, (M,), (C,), (C,) long -> what each candidate is worth.
+
+    weight = prior · (a + d_module + d_own): a common slope a by least squares, then deviations of whole modules and of single units from it, both shrunk to
+    0 with the same strength relative to their kernels' traces. Of all STRENGTHS that is taken whose predictions of left-out masks have the best Kendall τ,
+    with both masks of a pair left out together.
+
+    masks: only the candidates' columns, complements adjacent. prior: what a unit is expected to be worth, not negative and comparable across modules; one of
+    0 stays at 0. modules: the module's number of each candidate; with one module this is the local fit. Without evidence the prior alone ranks.
+
+    Raises ValueError with fewer than two pairs.
+    """
+    pairs = len(masks) // 2
+    if pairs < 2 or len(masks) % 2:
+        raise ValueError(f"{len(masks)} masks are not two or more pairs")
+    x, y, scale = masks.double(), utility.double(), prior.double()
+    fold = torch.arange(len(masks), device=masks.device) // 2 % min(FOLDS, pairs)
+    predicted = y.new_empty(len(STRENGTHS), len(y))
+    for number in range(min(FOLDS, pairs)):
+        train, test = fold != number, fold == number
+        weights = _shrunk(x[train], y[train], scale, modules, STRENGTHS)
+        predicted[:, test] = weights @ (x[test] - x[train].mean(dim=0)).T + y[train].mean()
+    taus = kendall_tau(predicted, y).nan_to_num(-1).tolist()
+    best = taus.index(max(taus))
+    return Fit(_shrunk(x, y, scale, modules, STRENGTHS[best : best + 1])[0], taus[best])
+
+
+def _shrunk(x: Tensor, y: Tensor, prior: Tensor, modules: Tensor, strengths: Sequence[float]) -> Tensor:
+    """(M, C), (M,), (C,), (C,) -> a weight of each candidate for each strength, (S, C), from M × M systems alone."""
+    x, y = (x - x.mean(dim=0)) * prior, y - y.mean()
+    total = x.sum(dim=1)
+    tiny = torch.finfo(x.dtype).tiny
+    slope = (total @ y / (total @ total).clamp_min(tiny)).clamp_min(0)
+    by_module = x.new_zeros(len(x), int(modules.max()) + 1).index_add_(1, modules, x)  # (M, modules)
+    own, shared = x @ x.T, by_module @ by_module.T
+    of_own, of_shared = 1 / own.diagonal().mean().clamp_min(tiny), 1 / shared.diagonal().mean().clamp_min(tiny)
+    values, vectors = torch.linalg.eigh(of_own * own + of_shared * shared)
+    shrunk = values.clamp_min(0) + 2 * torch.tensor(strengths, dtype=y.dtype, device=y.device).unsqueeze(1)  # (S, M); the kernels' mean diagonal is 2
+    dual = (vectors.T @ (y - slope * total) / shrunk) @ vectors.T  # (S, M)
+    deviation: Tensor = of_own * (dual @ x) + of_shared * (dual @ by_module)[:, modules]
+    return prior * (slope + deviation + 1e-12)  # where nothing was learned, the prior ranks
+
+
+def fit_released(masks: Tensor, utility: Tensor, generator: torch.Generator, prior: Tensor | None = None) -> Fit:
+    """The authors' linear model, (M, C) bool, (M,) -> what each candidate is worth: mean squared error + λ‖w‖₁ by Adam, all settings of their grid.
+
+    The setting of best mean Kendall τ over five contiguous folds is fitted anew to all masks, and of each fit the epoch of best τ is kept, both judged by the
+    masks left out, or by all in the last fit. Without `prior` it is the global model, which starts at 0; with the prior of one module's candidates (C,) the
+    local one, which starts there, scaled to the sum 1. masks: only the candidates' columns; the bias takes up that they aren't centred.
+
+    Departures: gradients are written out, so that no autograd is needed; settings that differ in rate and λ alone see batches in the same order.
+
+    Raises ValueError with fewer than five masks.
+    """
+    size = len(masks) // FOLDS
+    if not size:
+        raise ValueError(f"{len(masks)} masks are too few for {FOLDS} folds")
+    start = (
+        masks.new_zeros(masks.shape[1], dtype=torch.float32)
+        if prior is None
+        else prior.float() / prior.float().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    )
+    norm = math.sqrt(float(start.sum()) + 1)
+    x, y = masks.float() / norm, utility.float()
+    rates = torch.tensor([1 / factor for factor in RATE_FACTORS for _ in L1_STRENGTHS], device=x.device)
+    strengths = torch.tensor([strength / norm for _ in RATE_FACTORS for strength in L1_STRENGTHS], device=x.device)
+
+    def train(kept: Tensor, judged: Tensor, settings: slice, batch_size: int) -> tuple[Tensor, Tensor]:
+        centre = y[kept].mean()
+        nonzero = int((start if start.any() else x[kept].mean(dim=0)).count_nonzero())
+        data = x[kept], y[kept] - centre, x[judged], y[judged] - centre
+        return _descend(*data, start, rates[settings] / max(nonzero, 1), strengths[settings], batch_size, generator)
+
+    everything = torch.ones(len(masks), dtype=torch.bool, device=x.device)
+    taus = torch.zeros(len(BATCH_SIZES), len(rates), device=x.device)
+    for batch, batch_size in enumerate(BATCH_SIZES):
+        for number in range(FOLDS):
+            left_out = torch.zeros_like(everything)
+            left_out[number * size : (number + 1) * size] = True
+            taus[batch] += train(~left_out, left_out, slice(None), batch_size)[1] / FOLDS
+    best, setting = divmod(int(taus.argmax()), len(rates))
+    weights, _ = train(everything, everything, slice(setting, setting + 1), BATCH_SIZES[best])
+    return Fit(weights[0].double(), float(taus[best, setting]))
+
+
+def _descend(
+    x: Tensor, y: Tensor, x_judged: Tensor, y_judged: Tensor, start: Tensor, rates: Tensor, strengths: Tensor, batch_size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Weights (S, C) of the epoch with the best τ on the judged masks, and that τ (S,): one linear model for each rate and λ (S,), side by side."""
+    x, x_judged = (torch.cat((masks, torch.ones_like(masks[:, :1])), dim=1) for masks in (x, x_judged))  # the last column's weight is the bias
+    weights = torch.cat((start, start.new_zeros(1))).repeat(len(rates), 1)
+    l1 = strengths.unsqueeze(1).repeat(1, weights.shape[1])
+    l1[:, -1] = 0
+    first, second, kept = torch.zeros_like(weights), torch.zeros_like(weights), weights.clone()
+    best, plateau = torch.full_like(rates, -1e5), torch.full_like(rates, -torch.inf)
+    since_best, since_plateau = torch.zeros_like(rates), torch.zeros_like(rates)
+    step = 0
+    for _ in range(EPOCHS):
+        running = since_best <= PATIENCE
+        if not running.any():
+            break
+        for rows in torch.randperm(len(y), generator=generator).to(x.device).split(batch_size):
+            error = weights @ x[rows].T - y[rows]  # (S, batch)
+            gradient = 2 / len(rows) * error @ x[rows] + l1 * weights.sign()
+            step += 1
+            first.lerp_(gradient, 0.1)
+            second.lerp_(gradient.square(), 0.001)
+            weights = weights - rates.unsqueeze(1) * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        tau = kendall_tau(weights @ x_judged.T, y_judged)
+        better = running & (tau >= best)
+        best, kept = torch.where(better, tau, best), torch.where(better.unsqueeze(1), weights, kept)
+        since_best = torch.where(better, 1, since_best + 1)
+        rises = tau > plateau * 1.0001
+        plateau, since_plateau = torch.where(rises, tau, plateau), torch.where(rises, 0, since_plateau + 1)
+        stuck = since_plateau > PLATEAU_PATIENCE
+        rates = torch.where(stuck, torch.minimum(rates, (rates / 2).clamp_min(LEAST_RATE)), rates)
+        since_plateau = torch.where(stuck, 0, since_plateau)
+    return kept[:, :-1], best
+
+
+# ------------------------------------------------------------ what is removed
+
+
+def select(weights: Tensor, costs: Tensor, modules: Tensor, removable: Sequence[int], budget: int, released: bool = False) -> Tensor:
+    """Which candidates go: the least worthy first, as long as their parameters fit `budget` together. (C,), (C,) ints, (C,) ints -> (C,) bool.
+
+    modules: each candidate's module; removable: how many units each module may lose at most, its n for all. Ranked by weight per parameter, and a unit
+    that no longer fits is passed over for cheaper ones; as released, ranked by weight, and the first that doesn't fit is the end.
+    """
+    ranked = weights if released else weights / costs
+    cost, module, left = costs.tolist(), modules.tolist(), list(removable)
+    removed: list[int] = []
+    for unit in ranked.argsort(stable=True).tolist():
+        if not left[module[unit]]:
+            continue
+        if cost[unit] <= budget:
+            budget -= cost[unit]
+            left[module[unit]] -= 1
+            removed.append(unit)
+        elif released:
+            break
+    chosen = torch.zeros_like(weights, dtype=torch.bool)
+    chosen[removed] = True
+    return chosen
+
+
+def select_local(weights: Tensor, candidates: Tensor, prune_fraction: float) -> Tensor:
+    """Which units of one module go in the local model: weights of its candidates (c,), (n,) bool -> (n,) bool.
+
+    As released: those up to the p-quantile of all weights, with 1e8 for fixed units; so a module of few units loses one in each round.
+    """
+    worth = torch.full(candidates.shape, 1e8, dtype=torch.float64, device=weights.device)
+    worth[candidates] = weights.double()
+    return worth <= worth.quantile(prune_fraction)
+
+
+def stable(previous: Tensor, current: Tensor, costs: Tensor, overlap: float = 0.98) -> bool:
+    """Whether two selections (C,) share `overlap` of the parameters of the larger one. Compare those of half and of all masks: one mask more changes little."""
+    common, larger = int(costs[previous & current].sum()), max(int(costs[previous].sum()), int(costs[current].sum()))
+    return common >= overlap * larger
+
+
+def round_fraction(target: float, reached: float, prune_fraction: float, tolerance: float = RELEASED_TOLERANCE) -> float:
+    """The fraction of the first model that the next round removes: p, less where the target is nearer; 0 within `tolerance` of the target or beyond it.
+
+    A tolerance below the cheapest unit's share lands as near as units allow.
+    """
+    left = target - reached
+    return 0.0 if left < tolerance else min(prune_fraction, left)

@@ -90,6 +90,19 @@ CONTENDERS = [
         Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares, 32 × 512 tokens", "cfsp", 0.2, more | RESTORED, None, 3, 32)
         for layout, more in LAYOUTS.items()
     ),
+    Contender(
+        RESTORATION,
+        "CFSP on pruned inputs, per layer, FFN 20%, least squares, 32 × 512 tokens",
+        {"name": "cfsp", "inputs": "pruned"},
+        0.2,
+        PER_LAYER | RESTORED,
+        None,
+        3,
+        32,
+    ),
+    Contender(
+        RESTORATION, "CFSP on pruned inputs, uniform, FFN 20%, least squares, 32 × 512 tokens", {"name": "cfsp", "inputs": "pruned"}, 0.2, RESTORED, None, 3, 32
+    ),
     Contender(RESTORATION, "Wanda 50%, swaps", "wanda", 0.5, SWAPPED, None, 3),
     Contender(RESTORATION, "Magnitude 50%, swaps", "magnitude", 0.5, SWAPPED),
     Contender(STRUCTURE, "Depth, blocks 20%", "depth", 0.2),

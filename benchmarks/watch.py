@@ -16,11 +16,12 @@ KINDS = {"resident": "VmRSS", "anonymous": "RssAnon", "mapped": "RssFile"}
 SAMPLE_SECONDS = 0.01
 
 
-def watch(recipe: Recipe, model: Path, folder: Path) -> dict[str, Any]:
-    """Prune `model` into `folder`: highest bytes by phase and in all, of each kind, and the seconds of each phase."""
+def watch(recipe: Recipe, model: Path, folder: Path, *options: str) -> dict[str, Any]:
+    """Prune `model` into `folder`: highest bytes by phase and in all, of each kind, the seconds of each phase, and what was checked of the result."""
     asked = folder / "recipe.json"
     asked.write_text(recipe.model_dump_json(), encoding="utf-8")
-    process = subprocess.Popen([sys.executable, "-m", "worker.pipeline", str(asked), str(model), str(folder / "out")], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "worker.pipeline", str(asked), str(model), str(folder / "out"), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     phase, starts, peaks = "imports", {"imports": time.monotonic()}, {"imports": dict.fromkeys(KINDS, 0)}
     stop = threading.Event()
@@ -51,7 +52,9 @@ def watch(recipe: Recipe, model: Path, folder: Path) -> dict[str, Any]:
     peak = dict.fromkeys(KINDS, 0)
     for of_phase in peaks.values():
         peak = _highest(peak, of_phase)
-    return {"phases": peaks, "peak": peak, "seconds": {name: end - start for (name, start), end in zip(starts.items(), ends, strict=True)}}
+    seconds = {name: end - start for (name, start), end in zip(starts.items(), ends, strict=True)}
+    report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
+    return {"phases": peaks, "peak": peak, "seconds": seconds, "checked": report["loads_with"][0]["checked"]}
 
 
 def _highest(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:

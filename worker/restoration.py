@@ -22,7 +22,7 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, tokens: int, ridge: float 
 
     λ = ridge · K / tokens · the mean diagonal of G. A coefficient's variance falls with the number of tokens and its size with that of the inputs that
     share the work, so the best λ is K (1 - R²) / (R² · tokens), where R² is how much of the removed part the kept ones can explain; R² of a quarter to a
-    half, as measured in language models, makes `ridge` 3 to 1. Few tokens, as for a rare expert, thus leave the weights nearly as they were, and none
+    half, as seen in SmolLM2-135M, makes `ridge` 3 to 1. Few tokens, as for a rare expert, thus leave the weights nearly as they were, and none
     at all exactly. Where G_KK + λI isn't positive definite in float32, as with duplicate inputs and a ridge of 0, λ is raised tenfold at a time.
 
     Raises ValueError for a Gram matrix that isn't finite or isn't positive semidefinite.

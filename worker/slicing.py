@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.recipe import FLAP, LeastSquares, Structured
-from worker.calibration import Statistic, forward, measuring
+from worker.calibration import InputStatistics, Statistic, forward, measuring
 from worker.checkpoint import written_type
 from worker.choosing import Choice, keep_best
 from worker.pruners.base import StructuredPruner, Weights
@@ -60,19 +60,27 @@ def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveye
     for index in range(len(run.state.blocks(WALK)), len(stream)):
         tensors, keep = read_block(run, index), choice.keeps[index]
         assert keep is not None
-        block = stream.materialise(index, tensors)
-        with measuring(block, scored_inputs(run, pruner, index), wanted | pruner.statistics(method)) as inputs:
-            forward(block, arguments[index], hidden.open(index), None)
-        stream.drop(index)
+
+        def measure(tensors: dict[str, Tensor], linears: list[str], index: int = index) -> dict[str, InputStatistics]:
+            block = stream.materialise(index, tensors)
+            with measuring(block, linears, wanted | pruner.statistics(method)) as inputs:
+                forward(block, arguments[index], hidden.open(index), None)
+            stream.drop(index)
+            return inputs
+
+        inputs = measure(tensors, scored_inputs(run, pruner, index))
         if isinstance(method, Structured) and method.inputs == "pruned":
             keep = keep_best(run, pruner.score(dense_block(run, index, tensors, inputs), method), keep)
         removed = _removed_inputs(run, index, keep)
         fitted: Weights = {}
         if isinstance(restoration, LeastSquares):
-            fitted = {
-                linear: refit(stream.weight(tensors, index, linear), inputs[linear].gram, kept, inputs[linear].tokens, restoration.ridge)
-                for linear, kept in removed.items()
-            }
+            output, behind = architecture.attention.output, [linear for linear in removed if linear != architecture.attention.output]
+            if output in removed:
+                fitted = _fit(run, index, tensors, inputs, {output: removed[output]}, restoration)
+                if behind:  # the FFN is fitted on what the pruned attention leaves it
+                    without_groups = slice_block(tensors, architecture, config, index, Keep(groups=keep.groups))
+                    inputs |= measure(stream.with_weights(without_groups, index, fitted), behind)
+            fitted |= _fit(run, index, tensors, inputs, {linear: removed[linear] for linear in behind}, restoration)
         sliced = stream.with_weights(slice_block(tensors, architecture, config, index, keep), index, fitted)
         means = {linear: inputs[linear].mean for linear in removed}
         sliced = _with_biases(run, choice, index, keep, tensors, sliced, means)
@@ -85,6 +93,14 @@ def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveye
         done(index)
     write_outer(run, len(stream))
     return [block["facts"] for block in run.state.blocks(WALK)]
+
+
+def _fit(run: Pruning, index: int, tensors: dict[str, Tensor], inputs: dict[str, InputStatistics], removed: dict[str, Tensor], config: LeastSquares) -> Weights:
+    """New weights (C_out, kept) for linears whose inputs lost some."""
+    return {
+        linear: refit(run.stream.weight(tensors, index, linear), inputs[linear].gram, kept, inputs[linear].tokens, config.ridge)
+        for linear, kept in removed.items()
+    }
 
 
 def _removed_inputs(run: Pruning, index: int, keep: Keep) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ from worker.blocks import BlockStream
 from worker.checkpoint import checkpoint_bytes, finish, model_card, write_padded
 from worker.data import leading_windows, random_windows, tokenize
 from worker.evaluation import LinearZeros, count_parameters, logits, macs_per_token, perplexity, sparsities
-from worker.memory import PeakMemory
+from worker.memory import PeakMemory, map_large_allocations
 from worker.pruners import PRUNERS
 from worker.pruners.base import MaskPruner, Target
 from worker.pruning import prune
@@ -403,6 +403,7 @@ def main() -> int:
         sys.stdout.write(json.dumps(event) + "\n")
         sys.stdout.flush()
 
+    map_large_allocations()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

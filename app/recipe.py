@@ -134,6 +134,11 @@ class Structured(Strict):
     units: Literal["ffn", "attention", "both"] = Field(
         "ffn", description="What is removed: FFN channels, whole KV groups of attention (a key-value head with its query heads), or both."
     )
+
+
+class Scored(Structured):
+    """What the methods have in common that score every part once."""
+
     inputs: Literal["dense", "pruned"] = Field(
         "dense",
         description="Whether a block's parts are scored on what reaches it in the dense model, in one walk, or in the model whose earlier blocks are pruned, as Wanda does.",
@@ -141,7 +146,7 @@ class Structured(Strict):
     multiple_of: int = Field(1, ge=1, le=1024, description="FFN widths are rounded to a multiple of this; the achieved sparsity is in the report.")
 
 
-class CFSP(Structured):
+class CFSP(Scored):
     """Remove FFN channels, coarse to fine, from one forward pass (Wang et al., arXiv 2409.13199); here also KV groups, by the same scores."""
 
     name: Literal["cfsp"] = "cfsp"
@@ -152,7 +157,7 @@ class CFSP(Structured):
     )
 
 
-class FLAP(Structured):
+class FLAP(Scored):
     """Remove the FFN channels and KV groups whose inputs fluctuate least, ranked across the whole model (An et al., arXiv 2312.11983)."""
 
     name: Literal["flap"] = "flap"
@@ -170,6 +175,42 @@ class FLAP(Structured):
     compensate: bool = Field(True, description="Put what the removed inputs gave on average into biases, where the architecture has places for them.")
 
 
+class Bonsai(Structured):
+    """Remove FFN channels and KV groups in rounds, by what random sub-models without them lose; forward passes only (Dery et al., arXiv 2402.05406)."""
+
+    name: Literal["bonsai"] = "bonsai"
+    units: Literal["ffn", "attention", "both"] = Field(
+        "both", description="What is removed: FFN channels, whole KV groups of attention, or both (as published)."
+    )
+    prior: Literal["wanda", "activation", "magnitude", "random"] = Field(
+        "wanda",
+        description="Which units may go in a round, and which of them sub-models lose more often: those of small |weight| × input norm (as published), small activation "
+        "(the authors' `magnitude`), small weights, or any.",
+    )
+    prune_fraction: float = Field(0.05, gt=0, le=0.5, description="Removed in each round, as a share of the first model's parameters.")
+    masks: int = Field(
+        100, ge=0, le=10_000, multiple_of=2, description="Sub-models evaluated in each round (200 as published); 0: none, and the prior alone decides."
+    )
+    scope: Literal["global", "local"] = Field(
+        "global",
+        description="Whether all units are fitted and ranked together (as published), or each kind of each layer by itself, which then lose equal shares.",
+    )
+    mode: Literal["ridge", "code"] = Field(
+        "ridge",
+        description="`ridge`: a closed-form fit that shrinks towards the prior, units ranked by worth per parameter, and a round ends early once its choice is stable. "
+        "`code`: masks, regression, choice and tolerance of the released code.",
+    )
+    time_budget: float | None = Field(
+        None, gt=0, description="Seconds that all sub-models together may take; a round that runs out of its share goes on with those that it has."
+    )
+
+    @model_validator(mode="after")
+    def _has_masks_to_fit(self) -> Bonsai:
+        if 0 < self.masks < 8:
+            raise ValueError(f"{self.masks} masks are too few to fit a model to; give 8 or more, or 0 for the prior alone")
+        return self
+
+
 class Depth(Strict):
     """Remove whole decoder blocks: those that turn the hidden states least (block influence; Men et al., arXiv 2403.03853)."""
 
@@ -183,8 +224,8 @@ class Experts(Strict):
     name: Literal["experts"] = "experts"
 
 
-MethodConfig = Annotated[Magnitude | Wanda | SparseGPT | CFSP | FLAP | Depth | Experts, Field(discriminator="name")]
-MethodName = Literal["magnitude", "wanda", "sparsegpt", "cfsp", "flap", "depth", "experts"]
+MethodConfig = Annotated[Magnitude | Wanda | SparseGPT | CFSP | FLAP | Bonsai | Depth | Experts, Field(discriminator="name")]
+MethodName = Literal["magnitude", "wanda", "sparsegpt", "cfsp", "flap", "bonsai", "depth", "experts"]
 
 
 def _expand_name(value: Any) -> Any:
@@ -264,6 +305,118 @@ RestorationName = Literal["least_squares", "swaps"]
 Restoration = Annotated[RestorationConfig, BeforeValidator(_expand_name, json_schema_input_type=RestorationName | RestorationConfig)]
 
 
+# ------------------------------------------------------------------ recovery
+
+
+class Distillation(Strict):
+    """Learn from the dense model besides the text: loss = cross-entropy + kl · KL(dense ‖ pruned) + hidden · Σ over blocks of MSE(hidden states).
+
+    KL is a mean over tokens. Code that sums it over a sequence, as Bonsai's does, has weights that are smaller by the length: its 0.01 at 512 tokens is 5.12 here.
+    """
+
+    kl: float = Field(1.0, ge=0, le=1000, description="Weight of the divergence from the dense model's next-token probabilities, a mean over tokens.")
+    hidden: float = Field(0.0, ge=0, le=1000, description="Weight of the squared distance of each block's outputs, a mean over tokens and channels.")
+    top_k: int = Field(64, ge=1, le=65536, description="Probabilities kept of each token's distribution; the rest of the vocabulary counts as one.")
+    temperature: float = Field(1.0, gt=0, le=100, description="Divides both models' logits in the divergence, whose weight grows by its square.")
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> Distillation:
+        if not self.kl and not self.hidden:
+            raise ValueError("distillation without kl and hidden teaches nothing; give one a weight, or leave distillation out")
+        return self
+
+
+class Training(Strict):
+    """How a recovery trains: AdamW with a linear warm-up and a linear decay to zero, on windows at random offsets of a text."""
+
+    source: str | None = Field(
+        None, min_length=1, max_length=1024, description="The text to train on, as for calibration; null: the calibration text. Never the evaluation text."
+    )
+    sequence_length: int = Field(512, ge=8, le=131072, description="Tokens a sequence.")
+    steps: int | None = Field(None, ge=1, le=1_000_000, description="Steps of the optimizer; null: as many as `tokens` asks for, else 200.")
+    tokens: int | None = Field(None, ge=1, description="Instead of `steps`: tokens to train on, rounded up to whole steps.")
+    batch: int = Field(8, ge=1, le=65536, description="Sequences a step.")
+    micro_batch: int = Field(2, ge=1, le=65536, description="Sequences computed at once; gradients of a step's parts are added up.")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="The highest, reached after the warm-up.")
+    warmup: float = Field(0.1, ge=0, le=1, description="Share of the steps over which the learning rate rises from zero; it then falls to zero.")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's, of matrices only.")
+    clip: float | None = Field(1.0, gt=0, description="Largest norm of a step's gradient; null: any.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the offsets, of new parameters and of dropout.")
+    held_out: int | None = Field(
+        8, ge=1, le=65536, description="Windows at the end of the text that are not trained on: what predicts them best is kept. Null: the last step's is."
+    )
+    patience: int = Field(5, ge=1, le=1_000_000, description="Measurements of the held-out loss in a row without a better one after which training ends.")
+    checkpoint_every: int = Field(50, ge=1, le=1_000_000, description="Steps between two measurements of the held-out loss; the state is saved then too.")
+    gradient_checkpointing: bool = Field(True, description="Compute a block's activations again for its gradient instead of keeping them.")
+    distillation: Distillation | None = Field(None, description="What is learned from the dense model; null: nothing, only from the text.")
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Training:
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("steps and tokens both say how long to train; give one")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the optimizer, where it does not end early."""
+        if self.tokens is not None:
+            return -(-self.tokens // (self.batch * self.sequence_length))
+        return self.steps or 200
+
+
+class Full(Training):
+    """Train every weight that was not pruned, embeddings included; zeros of a mask stay zero."""
+
+    name: Literal["full"] = "full"
+
+
+class LoRA(Training):
+    """Train a product of two small matrices beside each linear of the decoder blocks, and add it to the weight in the end (Hu et al., arXiv 2106.09685)."""
+
+    name: Literal["lora"] = "lora"
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="The highest, reached after the warm-up.")
+    rank: int = Field(16, ge=1, le=4096, description="Rank of the products; with `ranks` by importance, what their parameters amount to on average.")
+    alpha: float = Field(32.0, gt=0, description="The product is scaled by alpha / rank, in every block alike.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of a product's inputs that are left out in a step.")
+    targets: Literal["all", "attention", "ffn"] = Field("all", description="Which linears of the decoder blocks.")
+    ranks: Literal["equal", "importance"] = Field(
+        "equal",
+        description="One rank for all blocks, or ranks in proportion to a block's coarse importance at the same number of parameters (the idea of CFSP; the rule is ours).",
+    )
+    head: bool = Field(
+        False, description="Train the head too, whole. One that is tied to the embedding becomes a matrix of its own, and the model grows by it."
+    )
+
+
+RecoveryConfig = Annotated[Full | LoRA, Field(discriminator="name")]
+RecoveryName = Literal["full", "lora"]
+
+# Whole settings by one name. Bonsai's: its README's command line, with KL a mean over tokens, and 5 of its 118 steps to warm up.
+RECOVERY_PRESETS: dict[str, Full | LoRA] = {
+    "bonsai": LoRA(
+        rank=128,
+        alpha=512,
+        dropout=0.05,
+        head=True,
+        learning_rate=1e-4,
+        sequence_length=512,
+        tokens=15_000 * 512,
+        batch=128,
+        micro_batch=1,
+        warmup=5 / 118,
+        distillation=Distillation(kl=0.01 * 512, hidden=0.0),
+    ),
+}
+RecoveryPreset = Literal["bonsai"]
+
+
+def _expand_recovery(value: Any) -> Any:
+    return RECOVERY_PRESETS[value] if isinstance(value, str) and value in RECOVERY_PRESETS else _expand_name(value)
+
+
+Recovery = Annotated[RecoveryConfig, BeforeValidator(_expand_recovery, json_schema_input_type=RecoveryName | RecoveryPreset | RecoveryConfig)]
+
+
 # --------------------------------------------------------------------- facts
 
 
@@ -272,7 +425,9 @@ class MethodFacts(Strict):
 
     paper: str = Field(description="Where the method was published.")
     prunes: str = Field(description="What it removes.")
-    denominator: Literal["ffn", "attention", "decoder", "blocks", "experts"] = Field(description="What a plain `sparsity` number is a fraction of.")
+    denominator: Literal["ffn", "attention", "decoder", "non_embedding", "blocks", "experts"] = Field(
+        description="What a plain `sparsity` number is a fraction of."
+    )
     patterns: bool = Field(description="Whether N:M patterns are possible.")
     calibrates: bool = Field(description="Whether it reads calibration text.")
     structured: bool = Field(description="Whether the checkpoint gets smaller (true) or holds zeros (false).")
@@ -355,6 +510,21 @@ METHODS: dict[str, tuple[type[Strict], MethodFacts]] = {
             streams=True,
             allocation="zscore",
             restorations=("least_squares",),
+        ),
+    ),
+    "bonsai": (
+        Bonsai,
+        MethodFacts(
+            paper="Dery et al. 2024, arXiv 2402.05406",
+            prunes="FFN channels and KV groups",
+            denominator="non_embedding",
+            patterns=False,
+            calibrates=True,
+            structured=True,
+            streams=True,
+            allocation=None,
+            restorations=("least_squares",),
+            model_types=tuple(name for name, architecture in ARCHITECTURES.items() if architecture.experts is None),
         ),
     ),
     "depth": (
@@ -459,6 +629,7 @@ class Recipe(Strict):
         None, description="How layers share the sparsity; null: as the method was published, or evenly where the layout wants layers alike.", examples=["owl"]
     )
     restoration: Restoration | None = Field(None, description="What makes up for the loss without training.", examples=["least_squares"])
+    recovery: Recovery | None = Field(None, description="How what pruning lost is trained back; null: not at all.", examples=["lora"])
     calibration: Calibration = Field(Calibration(), description="The text that the method measures activations on.")
     evaluation: Evaluation | None = Field(Evaluation(), description="What is measured before and after; `null` skips it.")
     output: Output = Field(Output(), description="Layout and dtype of the checkpoint.")
@@ -472,7 +643,7 @@ class Recipe(Strict):
     @property
     def denominator(self) -> str:
         """What a plain sparsity is a fraction of."""
-        return UNIT_DENOMINATORS[self.method.units] if isinstance(self.method, Structured) else self.facts.denominator
+        return UNIT_DENOMINATORS[self.method.units] if isinstance(self.method, Scored) else self.facts.denominator
 
     @property
     def allots(self) -> AllocationConfig:
@@ -482,6 +653,17 @@ class Recipe(Strict):
         if self.facts.allocation is None or (self.facts.structured and self.output.layout == "uniform"):
             return Uniform()
         return ALLOCATIONS[self.facts.allocation]()
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Every text that the job reads, by the pointer to the field that names it."""
+        named = {"/calibration": self.calibration, "/evaluation": self.evaluation, "/recovery": self.recovery}
+        return {f"{pointer}/source": part.source for pointer, part in named.items() if part is not None and part.source is not None}
+
+    @property
+    def trains_on(self) -> str | None:
+        """The text of the recovery; null where nothing is trained."""
+        return None if self.recovery is None else self.recovery.source or self.calibration.source
 
     @model_validator(mode="after")
     def _method_can_do_it(self) -> Recipe:
@@ -495,10 +677,19 @@ class Recipe(Strict):
                 raise ValueError("max_perplexity_increase is measured on the evaluation text; leave evaluation in")
         if not facts.structured and self.output.layout == "per_layer":
             raise ValueError(f"{name} keeps all shapes, so there is no per_layer layout; leave output.layout out")
-        if facts.allocation is None and self.output.layout == "per_layer":
+        if facts.allocation is None and self.output.layout == "per_layer" and not isinstance(self.method, Bonsai):
             raise ValueError(f"{name} removes whole {facts.prunes}, so all layers stay alike and there is no per_layer layout; leave output.layout out")
         if self.output.padded and self.output.layout != "per_layer":
             raise ValueError("output.padded adds a copy to the per_layer layout; set output.layout to 'per_layer'")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> Recipe:
+        if isinstance(self.method, Bonsai):
+            if isinstance(self.sparsity, Budget):
+                raise ValueError("bonsai measures anew in every round towards a fraction, so no bound can be tried out; give a fraction")
+            if self.method.mode == "code" and self.output.layout == "uniform":
+                raise ValueError("the released code takes different numbers from each layer; set output.layout to 'per_layer', or method.mode to 'ridge'")
         return self
 
     @model_validator(mode="after")
@@ -525,4 +716,15 @@ class Recipe(Strict):
         if self.restoration is not None and self.restoration.name not in self.facts.restorations:
             possible = " or ".join(self.facts.restorations) or "none"
             raise ValueError(f"restoration '{self.restoration.name}' can't follow {self.method.name}; possible: {possible}")
+        return self
+
+    @model_validator(mode="after")
+    def _recovery_fits(self) -> Recipe:
+        if isinstance(self.recovery, LoRA) and not self.facts.structured:
+            raise ValueError(f"lora would fill the zeros that {self.method.name} sets; give recovery 'full', which trains what is left of the weights")
+        if self.evaluation is not None and self.trains_on == self.evaluation.source:
+            raise ValueError(f"'{self.trains_on}' is what the result is evaluated on, so it can't be trained on; give recovery another source")
+        bounded = isinstance(self.sparsity, Budget) and self.sparsity.max_perplexity_increase is None
+        if isinstance(self.recovery, LoRA) and self.recovery.head and bounded:
+            raise ValueError("a trained head is stored apart from the embedding, so the budget on size would not hold; set recovery.head to false")
         return self

@@ -109,6 +109,20 @@ class LoadCheck(Part):
     blocks: list[int] | None = Field(None, description="The blocks that were compared; null: all.")
 
 
+class Recovered(Part):
+    """What training brought back after pruning."""
+
+    trained_parameters: int = Field(description="Parameters that were trained, adapters included; weights that a mask keeps at zero don't count.")
+    trained_share: float = Field(description="Of all parameters of the model in training, adapters included, tied ones counted once.")
+    steps: int = Field(description="Steps of the optimizer.")
+    tokens: int = Field(description="Tokens trained on, each once.")
+    text: TextUsed = Field(description="What it was trained on, the held-out windows included.")
+    held_out_loss_before: float | None = Field(description="Mean negative log-likelihood a token on the held-out windows before training; null without any.")
+    held_out_loss_after: float | None = Field(description="The same for what was kept.")
+    seconds: float = Field(description="Seconds of training, over all attempts.")
+    peak_memory_bytes: int = Field(description="Highest anonymous resident memory of the engine process while it trained.")
+
+
 class Report(Part):
     """The result of a job."""
 
@@ -116,12 +130,14 @@ class Report(Part):
     model_type: str = Field(description="`model_type` of the source.")
     model_fingerprint: str = Field(description="sha256 over the source's config.json and weight files.")
     before: Measured | None = Field(description="The dense model; null where the recipe skips evaluation.")
-    after: Measured | None = Field(description="The pruned model; null likewise.")
+    pruned: Measured | None = Field(None, description="The pruned model before its recovery, but for speed; null where nothing was recovered, or likewise.")
+    after: Measured | None = Field(description="The result: the pruned model, after its recovery where there was one; null likewise.")
     parameters_before: Parameters = Field(description="What the dense model stores.")
     parameters_after: Parameters = Field(description="What the pruned model stores.")
     sparsity: Sparsities = Field(description="What was removed.")
     layers: list[LayerReport] = Field(description="Block by block.")
     calibration: TextUsed | None = Field(description="What the method measured activations on; null where it needs no text.")
+    recovery: Recovered | None = Field(None, description="What training brought back; null where the recipe asks for none.")
     loads_with: list[LoadCheck] = Field(description="What the result was loaded with.")
     seconds: dict[str, float] = Field(description="Seconds a phase.")
     resumed_at_block: int | None = Field(description="Where this run went on from an earlier attempt's verified blocks.")

@@ -135,7 +135,7 @@ def check_recipe(recipe: Recipe, source: Source) -> None:
                 )
     if architecture.positions is not None:
         longest = architecture.stated(source.config, architecture.positions.key)
-        for part, asked in (("calibration", recipe.calibration), ("evaluation", recipe.evaluation)):
+        for part, asked in (("calibration", recipe.calibration), ("evaluation", recipe.evaluation), ("recovery", recipe.recovery)):
             if asked is not None and asked.sequence_length > longest:
                 raise RecipeError(
                     f"The model has positions for {longest} tokens, and sequences of {asked.sequence_length} were asked for.",
@@ -166,6 +166,13 @@ def _check_method(recipe: Recipe, source: Source, architecture: Architecture) ->
     if isinstance(method, Structured) and method.units != "ffn" and architecture.groups_fixed:
         raise refuse(
             "groups_fixed", f"No KV groups can be removed from {model_type} models: {architecture.groups_fixed}.", "Set units to 'ffn'.", "/method/units"
+        )
+    if recipe.recovery is not None and architecture.experts is not None:
+        raise refuse(
+            "recovery_does_not_fit",
+            f"Nothing is trained in {model_type} models: transformers holds their experts in other matrices than are stored.",
+            "Leave recovery out.",
+            "/recovery",
         )
     layers = architecture.dimensions(source.config).layers
     if isinstance(recipe.allocation, Given) and len(recipe.allocation.sparsities) != layers:

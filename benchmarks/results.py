@@ -41,7 +41,7 @@ def render(results: dict[str, Any]) -> str:
         f"Written by `make bench` and `make bench-large` from `engine.json`; don't edit. {machine['cores']} shared CPU cores, {machine['threads']} threads,",
         f"torch {machine['torch']}, float32, SmolLM2-135M-Instruct, calibration on 8 × 512 tokens of WikiText-2 valid where a row doesn't say otherwise.",
     ]
-    parts = {"quality": _quality, "time": _time, "memory": _memory, "large": _large, "gpu": _gpu}
+    parts = {"quality": _quality, "time": _time, "memory": _memory, "large": _large, "bonsai": _bonsai, "gpu": _gpu}
     for part, rendered in parts.items():
         if part in results:
             lines += ["", *rendered(results)]
@@ -117,6 +117,31 @@ def _large(results: dict[str, Any]) -> list[str]:
         "",
         *_table(("", "", *phases, "peak", "asked for", "mapped", "seconds (prune, of all)"), rows),
     ]
+
+
+def _bonsai(results: dict[str, Any]) -> list[str]:
+    parts = results["bonsai"]
+    lines = ["## Bonsai", "", "Calibration on 4 × 256 tokens; the layout is per layer, and shares are of all parameters but embedding and head."]
+    if "quality" in parts:
+        rows = [(row["name"], f"{row['perplexity']:.2f}", f"{row['parameters']:,}", *_rounds(row)) for row in parts["quality"]]
+        lines += ["", "### Quality at equal numbers of parameters", "", *_table(("", "perplexity", "parameters left", "sub-models", "seconds a round"), rows)]
+    if "speed" in parts:
+        naive = next((sum(row["rounds"]) for row in parts["speed"] if row["name"] == "naive"), None)
+        timed = [
+            (row["name"], *_rounds(row), f"{sum(row['rounds']):.0f}", "" if naive is None else f"{naive / sum(row['rounds']):.2f}", f"{row['perplexity']:.2f}")
+            for row in parts["speed"]
+        ]
+        head = ("", "sub-models", "seconds a round", "seconds in all", "times as fast as naive", "perplexity")
+        lines += ["", "### Time of 20%, beside the released algorithm on a resident model with masks multiplied in", "", *_table(head, timed)]
+    if "memory" in parts:
+        plain = next((row["bytes"] for row in parts["memory"] if row["name"] == "inference"), None)
+        peaks = [(row["name"], f"{row['bytes'] / 1e6:.0f}", "" if plain is None else f"{row['bytes'] / plain:.2f}") for row in parts["memory"]]
+        lines += ["", "### Peak anonymous memory of a fresh process, on the same batch", "", *_table(("", "MB", "of plain inference"), peaks)]
+    return lines
+
+
+def _rounds(row: dict[str, Any]) -> tuple[str, str]:
+    return ", ".join(map(str, row["masks"])), ", ".join(f"{seconds:.0f}" for seconds in row["rounds"])
 
 
 def _gpu(results: dict[str, Any]) -> list[str]:

@@ -190,6 +190,20 @@ def methods(as_json: AsJson = False) -> None:
     out.print(table)
 
 
+@app.command()
+def recoveries(as_json: AsJson = False) -> None:
+    """List what can follow pruning."""
+    with Client() as client:
+        found = client.recoveries()
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("recovery", "presets", "what it does", box=None, pad_edge=False)
+    for recovery in found:
+        table.add_row(recovery["name"], ", ".join(recovery["presets"]), escape(recovery["summary"]))
+    out.print(table)
+
+
 # --------------------------------------------------------------------- files
 
 

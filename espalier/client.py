@@ -39,6 +39,14 @@ class Progress(TypedDict):
     fraction: float
     blocks_done: int | None
     blocks_total: int | None
+    round: int | None
+    rounds: int | None
+    masks_done: int | None
+    masks_total: int | None
+    steps_done: int | None
+    steps_total: int | None
+    loss: float | None
+    tokens_per_second: float | None
     eta_seconds: float | None
 
 
@@ -92,6 +100,13 @@ class Method(TypedDict):
     structured: bool
     model_types: list[str]
     parameters: dict[str, Any]
+
+
+class Recovery(TypedDict):
+    name: str
+    summary: str
+    parameters: dict[str, Any]
+    presets: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -230,6 +245,10 @@ class Client:
     def methods(self) -> list[Method]:
         methods: list[Method] = self._send("GET", "/v1/methods").json()["items"]
         return methods
+
+    def recoveries(self) -> list[Recovery]:
+        recoveries: list[Recovery] = self._send("GET", "/v1/recoveries").json()["items"]
+        return recoveries
 
     # ------------------------------------------------------------- artifacts
 

@@ -60,7 +60,8 @@ def job_bar(*, quiet: bool = False) -> Iterator[Any]:
             done = 1.0 if job["state"] == "succeeded" else fraction(job)
             again = f", attempt {job['attempt']}" if job["attempt"] > 1 else ""
             now = job["phase"] if job["state"] == "running" and job["phase"] else job["state"]
-            bar.update(task, completed=done, description=f"{now.replace('_', ' ')}{again}")
+            rounds = f", round {job['progress']['round']} of {job['progress']['rounds']}" if now == "prune" and job["progress"]["rounds"] else ""
+            bar.update(task, completed=done, description=f"{now.replace('_', ' ')}{rounds}{again}")
 
         yield on_progress
 

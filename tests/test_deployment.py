@@ -197,5 +197,11 @@ def test_the_readme_lists_the_methods() -> None:
         name: (denominator, patterns, paper)
         for name, denominator, patterns, paper in re.findall(r"\| `(\w+)` \| [^|]+ \| ([^|]+) \| (yes|no) \| ([^|]+) \|", README)
     }
-    words = {"decoder": "decoder linears", "ffn": "FFN channels", "blocks": "blocks", "experts": "experts"}
+    words = {
+        "decoder": "decoder linears",
+        "ffn": "FFN channels",
+        "non_embedding": "parameters without embedding and head",
+        "blocks": "blocks",
+        "experts": "experts",
+    }
     assert rows == {name: (words[facts.denominator], "yes" if facts.patterns else "no", facts.paper) for name, (_, facts) in METHODS.items()}

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +70,24 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[st
     part = path.with_name(f".{path.name}.part")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
     part.rename(path)
+
+
+def replace_weights(source: Source, weights: Mapping[str, Tensor], *, tied: bool) -> None:
+    """Write a checkpoint of ours again with other values: the same shards, names, shapes and dtypes.
+
+    `weights` has all of its tensors by their names. Where the head is not `tied` any more it becomes a tensor of its own, of the embedding's dtype.
+    """
+    architecture, folder = ARCHITECTURES[source.model_type], source.folder
+    shards = sorted(folder.glob(SHARDS))
+    for shard in shards:
+        with safe_open(shard, framework="pt") as stored:
+            dtypes = {name: stored.get_tensor(name).dtype for name in stored.keys()}  # noqa: SIM118
+        if architecture.embedding in dtypes and not tied:
+            dtypes.setdefault(architecture.head, dtypes[architecture.embedding])
+        write_shard(shard, {name: weights[name].to(dtype) for name, dtype in dtypes.items()})
+    if not tied and architecture.tied(source.config):
+        _write_json(folder / "config.json", source.config | {"tie_word_embeddings": False})
+    _write_index(folder, shards)
 
 
 def checkpoint_bytes(folder: Path) -> int:
@@ -259,6 +277,7 @@ def model_card(report: Report, *, padded: bool = False) -> str:
         "",
         *_comparison(report),
         "",
+        *_recovery(report),
         "## How to load it",
         "",
         *_how_to_load(report, padded),
@@ -325,6 +344,22 @@ def _measured(before: Measured, after: Measured) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _recovery(report: Report) -> list[str]:
+    """What training brought back."""
+    recovered = report.recovery
+    if report.recipe.recovery is None or recovered is None:
+        return []
+    told = (
+        f"After pruning, {recovered.trained_parameters:,} parameters ({recovered.trained_share:.3%} of those in training) were trained with "
+        f"`{report.recipe.recovery.name}` for {recovered.steps:,} steps on {recovered.tokens:,} tokens."
+    )
+    if recovered.held_out_loss_before is not None:
+        told += f" The loss on held-out text went from {recovered.held_out_loss_before:.4f} to {recovered.held_out_loss_after:.4f}."
+    if report.pruned is not None and report.pruned.perplexity is not None:
+        told += f" Before it, the pruned model's perplexity was {report.pruned.perplexity.value:.4g}."
+    return ["## Recovery", "", told, ""]
+
+
 def _how_to_load(report: Report, padded: bool) -> list[str]:
     per_layer = (
         report.recipe.output.layout == "per_layer"
@@ -383,6 +418,7 @@ def _origin(report: Report) -> list[str]:
         "",
         f"- Source model: {report.model_type}, fingerprint `{report.model_fingerprint}`",
         *([f"- Calibration text: {_provenance(report.calibration)}"] if report.calibration else []),
+        *([f"- Text of the recovery: {_provenance(report.recovery.text)}"] if report.recovery else []),
         *([f"- Evaluation text: {_provenance(evaluation.text)}"] if evaluation else []),
         f"- What stays by layer: {_layer_sizes(report.layers)}",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}",

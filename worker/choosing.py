@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from app.exceptions import RecipeError
-from app.recipe import Coarse, Given, Owl, Structured, Uniform, ZScore
+from app.recipe import Coarse, Given, Owl, Scored, Uniform, ZScore
 from worker.allocation import coarse_shares, owl_shares, standardised, units_kept_by_rank
 from worker.checkpoint import WRITTEN_AS
 from worker.masks import keep_largest
@@ -115,10 +115,10 @@ def _by_group(run: Pruning, columns: Tensor) -> Tensor:
 def _counts(run: Pruning, surveyed: list[Surveyed], fraction: float) -> list[tuple[int, int]]:
     """How many channels (of each FFN) and KV groups stay in each block."""
     method, allocation = run.recipe.method, run.recipe.allots
-    assert isinstance(method, Structured)
+    assert isinstance(method, Scored)
     if isinstance(allocation, ZScore):
         ranked = _ranked_counts(run, surveyed, 1 - fraction)
-        groups = _possible_groups(run, [groups for _, groups in ranked])
+        groups = possible_groups(run, [groups for _, groups in ranked])
         if method.units == "attention":
             return [(0, count) for count in groups]
         # Whole widths, and what the bounds on numbers of groups took or gave, change the ranked counts a little.
@@ -134,13 +134,13 @@ def _counts(run: Pruning, surveyed: list[Surveyed], fraction: float) -> list[tup
 def _shared_counts(run: Pruning, surveyed: list[Surveyed], shares: list[float], keep: float) -> list[tuple[int, int]]:
     """Channels and groups by shares: the groups first, since they are coarse; then as many channels as meet the total."""
     architecture, config, method = run.stream.architecture, run.stream.source.config, run.recipe.method
-    assert isinstance(method, Structured)
+    assert isinstance(method, Scored)
     blocks, kv_heads = len(surveyed), architecture.dimensions(config).kv_heads
     alike = len(set(shares)) == 1 and run.recipe.output.layout == "uniform"
     groups = [kv_heads] * blocks
     if method.units != "ffn":
         one = [max(1, round(kv_heads * keep))] * blocks
-        groups = _possible_groups(run, one if alike else integer_widths(shares, round(keep * kv_heads * blocks), kv_heads))
+        groups = possible_groups(run, one if alike else integer_widths(shares, round(keep * kv_heads * blocks), kv_heads))
     if method.units == "attention":
         return [(0, count) for count in groups]
     widths = [block.scores["channels"].shape[1] for block in surveyed]
@@ -161,7 +161,7 @@ def _shared_counts(run: Pruning, surveyed: list[Surveyed], shares: list[float], 
     return list(zip(integer_widths(shares, round(total), most, multiple), groups, strict=True))
 
 
-def _possible_groups(run: Pruning, groups: list[int]) -> list[int]:
+def possible_groups(run: Pruning, groups: list[int]) -> list[int]:
     """Numbers of KV groups of which transformers accepts the largest, which config.json states; a Llama with others is written as another type."""
     architecture, size = run.stream.architecture, run.stream.architecture.dimensions(run.stream.source.config)
     if not architecture.heads_divide_hidden or run.stream.source.model_type in WRITTEN_AS:
@@ -174,7 +174,7 @@ def _possible_groups(run: Pruning, groups: list[int]) -> list[int]:
 def _widest(run: Pruning, width: int, keep: float) -> int:
     """The most channels that a layer may have."""
     method, allocation = run.recipe.method, run.recipe.allots
-    assert isinstance(method, Structured)
+    assert isinstance(method, Scored)
     most = int(width * allocation.max_layer_share) if isinstance(allocation, Coarse) else width
     if most < method.multiple_of or (method.units == "ffn" and round(width * keep) > most):
         raise _unreachable(

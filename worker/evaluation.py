@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from worker.blocks import BlockStream
 from worker.calibration import HiddenStates, embed_into, forward
 
 TOKENS_PER_HEAD = 256  # logits of about this many tokens are alive at once
+WITH_HEAD = 1.5  # what a perplexity takes, in passes through the blocks alone; of SmolLM2-135M on two cores
+LARGEST_EXPONENT = 709.0  # of which the exponential is a float
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def sparsities(before: Parameters, after: Parameters) -> Sparsities:
     """Fraction of each denominator that was removed or, where all are still stored, that is zero."""
 
     def gone(dense: int, stored: int, zeros: int) -> float:
-        return 1 - stored / dense if stored < dense else zeros / dense
+        return 1 - stored / dense if stored != dense else zeros / dense
 
     return Sparsities(
         ffn=gone(before.ffn, after.ffn, after.ffn_zeros),
@@ -89,29 +92,52 @@ def macs_per_token(source: Source) -> int:
     return total
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """What all models that differ in their blocks alone begin with."""
+
+    hidden: Tensor  # (B, T, D), the input of the first block
+    arguments: list[dict[str, Any]]  # of each block besides the hidden states
+
+
+def embed(stream: BlockStream, tokens: Tensor, work: Path) -> Embedded:
+    """The first block's input of (B, T) token ids, in a mapped file in `work`."""
+    hidden = HiddenStates(work, (*tokens.shape, int(stream.config.hidden_size)))
+    embed_into(hidden, stream, tokens)
+    return Embedded(hidden.open(0), stream.block_arguments(tokens.shape[1]))
+
+
 def run_blocks(
     stream: BlockStream,
     tokens: Tensor,
     work: Path,
     done: Callable[[int], None] = lambda index: None,
     edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None] = lambda index, tensors: tensors,
+    embedded: Embedded | None = None,
 ) -> Tensor:
     """Last hidden states (B, T, D) of (B, T) token ids, before the final norm. They lie in a mapped file in `work`.
 
-    `edit` gives each block other tensors, or None for none: the block is left out.
+    `edit` gives each block other tensors, or None for none: the block is left out. After a block whose outputs aren't finite no other is run.
+    `embedded` is what the tokens begin with, where it was computed before; it must lie in another folder.
     """
+    start = embedded or embed(stream, tokens, work)
     hidden = HiddenStates(work, (*tokens.shape, int(stream.config.hidden_size)))
-    embed_into(hidden, stream, tokens)
-    arguments = stream.block_arguments(tokens.shape[1])
     passed = 0
     for index in range(len(stream)):
         tensors = edit(index, stream.block_tensors(index))
         if tensors is not None:
-            forward(stream.materialise(index, tensors), arguments[index], hidden.open(passed), hidden.open(passed + 1))
+            output = hidden.open(passed + 1)
+            forward(stream.materialise(index, tensors), start.arguments[index], hidden.open(passed) if passed else start.hidden, output)
             stream.drop(index)
             passed += 1
+            if not _is_finite(output):
+                break
         done(index)
-    return hidden.open(passed)
+    return hidden.open(passed) if passed else start.hidden
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bound.isfinite() for bound in tensor.aminmax())
 
 
 @torch.no_grad()
@@ -121,14 +147,21 @@ def perplexity(
     work: Path,
     done: Callable[[int], None] = lambda index: None,
     edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None] = lambda index, tensors: tensors,
+    embedded: Embedded | None = None,
 ) -> float:
-    """exp of the mean negative log-likelihood over (B, T) windows, each token given those before it in its window; `edit` is as in `run_blocks`."""
-    hidden = run_blocks(stream, windows, work, done, edit)
+    """exp of the mean negative log-likelihood over (B, T) windows, each token given those before it in its window; NaN for a model that isn't finite.
+
+    `edit` and `embedded` are as in `run_blocks`.
+    """
+    hidden = run_blocks(stream, windows, work, done, edit, embedded)
+    if not _is_finite(hidden):
+        return math.nan
     total = 0.0
     for states, window in zip(hidden, windows, strict=True):  # (T, D), (T,)
         for part, targets in zip(states[:-1].split(TOKENS_PER_HEAD), window[1:].split(TOKENS_PER_HEAD), strict=True):
             total += float(cross_entropy(stream.logits(part), targets.to(stream.device), reduction="sum"))
-    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    return math.exp(mean) if mean < LARGEST_EXPONENT else math.inf
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
     python -m worker.pipeline RECIPE.json SOURCE_DIR OUT_DIR [--work WORK_DIR] [--text NAME PATH …] [--memory BYTES]
 
-resolve ▸ load ▸ evaluate the dense model ▸ calibrate and prune ▸ write ▸ evaluate the result ▸ verify it in a fresh process ▸ report.
+resolve ▸ load ▸ evaluate the dense model ▸ calibrate and prune ▸ write ▸ recover ▸ evaluate the result ▸ verify it in a fresh process ▸ report.
 
 It knows no service: progress goes to stdout as JSON lines, the result to `OUT_DIR/report.json` and `OUT_DIR/checkpoint/`. Exit 0, or 2 with a last line
 `{"event": "error", "code", "message", "hint"}` for a recipe or a model that can't be run. State lies in WORK_DIR until the result is whole; the same command
@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -36,20 +36,25 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from app.exceptions import EspalierError, RecipeError
-from app.recipe import Budget, Fraction, Given, Pattern, Recipe, Uniform
-from app.report import LoadCheck, Measured, Parameters, Perplexity, Report, TextUsed
+from app.recipe import Bonsai, Budget, Fraction, Given, LoRA, Pattern, Recipe, Uniform
+from app.report import LoadCheck, Measured, Parameters, Perplexity, Recovered, Report, TextUsed
 from app.source import Source, check_recipe, read_source
 from worker.blocks import BlockStream
 from worker.checkpoint import checkpoint_bytes, finish, model_card, write_padded
 from worker.data import leading_windows, random_windows, tokenize
 from worker.evaluation import LinearZeros, count_parameters, logits, macs_per_token, perplexity, sparsities
-from worker.memory import PeakMemory, map_large_allocations
+from worker.memory import PeakMemory, map_large_allocations, return_freed_memory
+from worker.perturbing import costs_of_rounds
 from worker.pruners import PRUNERS
 from worker.pruners.base import MaskPruner, Target
 from worker.pruning import prune
+from worker.recovery.distillation import check_size, teach
+from worker.recovery.retrain import retrain
+from worker.recovery.text import TrainingText, training_text
 from worker.state import WalkState, sha256_of
+from worker.training import Step
 from worker.trial import Trial, TrialError, fits_in_memory, run_trial
-from worker.walk import Edit, Pruned, Pruning
+from worker.walk import Edit, Pruned, Pruning, RoundStep
 
 Emit = Callable[[dict[str, Any]], None]
 Layout = Literal["uniform", "per_layer", "padded"]
@@ -74,9 +79,10 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
             stream = _open(source)
             tokens, calibration_text = _calibration_tokens(recipe, source, texts)
             evaluated = _evaluation_windows(recipe, source, texts)
+            training = _training_text(recipe, stream, texts, evaluated)
             target = None if isinstance(recipe.sparsity, Budget) else target_of(recipe, count_parameters(source, []))
-            progress.plan(_costs(recipe, stream, tokens))
-        state = WalkState.open(work, _state_fingerprint(recipe, fingerprint, tokens, evaluated, stream.device))
+            progress.plan(_costs(recipe, stream, tokens, target))
+        state = WalkState.open(work, _state_fingerprint(recipe, fingerprint, tokens, evaluated, training, stream.device))
         resumed_at = state.finished or None
         if state.refused:
             progress.log(f"Started anew, because of the earlier attempt {state.refused}.")
@@ -91,6 +97,15 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
             pruned = _prune(recipe, stream, target, tokens, evaluated, state, progress)
         with progress.phase("write"):
             _write(recipe, source, pruned, out)
+        before_recovery, recovered = None, None
+        if training is not None:
+            if evaluated is not None:
+                pruned_source, quality = read_source(out / "checkpoint"), replace(evaluated, speed=False)
+                measure = functools.partial(
+                    _measure, quality, pruned_source, pruned.zeros_after, work, progress, "evaluate_pruned", memory_allowed, loader=False
+                )
+                before_recovery = Measured.model_validate(state.figure("pruned", lambda: measure().model_dump()))
+            pruned, recovered = _recover(recipe, stream, pruned, training, out, state, progress, memory_allowed)
         result = read_source(out / "checkpoint")
         per_layer = bool(result.config.get("per_layer_config"))
         after = None
@@ -106,17 +121,21 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
         model_type=source.model_type,
         model_fingerprint=fingerprint,
         before=before and before.model_copy(update={"parameters": parameters_before}),
+        pruned=before_recovery,
         after=after,
         parameters_before=parameters_before,
         parameters_after=parameters_after,
         sparsity=sparsities(parameters_before, parameters_after),
         layers=pruned.layers,
         calibration=calibration_text,
+        recovery=recovered,
         loads_with=loads_with,
         seconds=progress.seconds,
         resumed_at_block=resumed_at,
         peak_memory_bytes=memory.bytes,
-        notes=_notes(recipe, target, pruned, parameters_before, parameters_after) + _not_loaded_whole(recipe, before, after, loads_with),
+        notes=_notes(recipe, target, pruned, parameters_before, parameters_after)
+        + _recovery_notes(recipe, recovered)
+        + _not_loaded_whole(recipe, before, after, loads_with),
         versions=_versions(),
     )
     (out / "checkpoint" / "README.md").write_text(model_card(report), encoding="utf-8")
@@ -168,6 +187,23 @@ def _evaluation_windows(recipe: Recipe, source: Source, texts: dict[str, Path]) 
     return Evaluated(windows, text.used(windows.numel()), recipe.evaluation.speed)
 
 
+def _training_text(recipe: Recipe, stream: BlockStream, texts: dict[str, Path], evaluated: Evaluated | None) -> TrainingText | None:
+    if recipe.recovery is None or recipe.trains_on is None:
+        return None
+    text = tokenize(stream.source.folder, recipe.trains_on, texts)
+    if evaluated is not None and evaluated.text.sha256 == text.sha256:
+        raise RecipeError(
+            f"The texts '{text.source}' and '{evaluated.text.source}' are the same, and what is evaluated on can't be trained on.",
+            code="training_on_evaluation_text",
+            hint="Give recovery or evaluation another source.",
+            pointer="/recovery/source",
+        )
+    training = training_text(text, recipe.recovery)
+    if recipe.recovery.distillation is not None:
+        check_size(stream, training.windows, recipe.recovery.distillation)
+    return training
+
+
 def target_of(recipe: Recipe, dense: Parameters) -> Target:
     """What a recipe's fraction or pattern asks of its method, in the method's own denominator."""
     if isinstance(recipe.sparsity, Pattern):
@@ -177,7 +213,7 @@ def target_of(recipe: Recipe, dense: Parameters) -> Target:
     attention = dense.decoder - dense.ffn
     # Zeros among all linears and whole blocks take the same share of FFNs as of the rest.
     ffn = {"ffn": dense.ffn, "experts": dense.ffn, "attention": 0}.get(recipe.denominator, dense.decoder)
-    removable = {"ffn": dense.ffn, "experts": dense.ffn, "attention": attention, "decoder": dense.decoder, "blocks": dense.non_embedding}[recipe.denominator]
+    removable = {"ffn": dense.ffn, "experts": dense.ffn, "attention": attention, "decoder": dense.decoder}.get(recipe.denominator, dense.non_embedding)
     if of == "method":
         return Target(fraction=asked)
     whole = {"ffn": dense.ffn * removable / ffn if ffn else math.inf, "decoder": dense.decoder, "non_embedding": dense.non_embedding, "all": dense.all}[of]
@@ -195,14 +231,18 @@ def target_of(recipe: Recipe, dense: Parameters) -> Target:
     return Target(fraction=fraction)
 
 
-def _state_fingerprint(recipe: Recipe, weights: str, tokens: Tensor | None, evaluated: Evaluated | None, device: torch.device) -> str:
+def _state_fingerprint(
+    recipe: Recipe, weights: str, tokens: Tensor | None, evaluated: Evaluated | None, training: TrainingText | None, device: torch.device
+) -> str:
     """Of everything that the pruned blocks and the figures in the state depend on."""
     digest = hashlib.sha256(weights.encode())
-    digest.update(recipe.model_dump_json(include={"method", "sparsity", "allocation", "restoration", "evaluation", "output"}).encode())
+    digest.update(recipe.model_dump_json(include={"method", "sparsity", "allocation", "restoration", "recovery", "evaluation", "output"}).encode())
     if tokens is not None:
         digest.update(tokens.numpy().tobytes())
     if evaluated is not None:
         digest.update(evaluated.windows.numpy().tobytes() + evaluated.text.sha256.encode())
+    if training is not None:
+        digest.update(training.windows.numpy().tobytes() + training.used.sha256.encode())
     engine = Path(__file__).parent
     for file in sorted([*engine.rglob("*.py"), *engine.with_name("app").rglob("*.py")]):
         digest.update(file.read_bytes())
@@ -251,7 +291,7 @@ def _prune(
         progress.log(f"A try for the budget has a perplexity of {value:.4g}.")
         return value
 
-    run = Pruning(stream=stream, recipe=recipe, tokens=tokens, state=state, block_done=progress.step, perplexity=perplexity_of)
+    run = Pruning(stream=stream, recipe=recipe, tokens=tokens, state=state, block_done=progress.step, perplexity=perplexity_of, round_step=progress.round_step)
     return prune(run, PRUNERS[recipe.method.name], target)
 
 
@@ -262,8 +302,42 @@ def _write(recipe: Recipe, source: Source, pruned: Pruned, out: Path) -> None:
         shutil.rmtree(out / folder, ignore_errors=True)
     shutil.copytree(pruned.folder, out / "checkpoint", copy_function=_link)
     finish(out / "checkpoint", source, pruned.kept, recipe.output.layout, recipe.output.dtype, pruned.switches)
-    if recipe.output.padded:
+    if recipe.output.padded and recipe.recovery is None:
         write_padded(out / "checkpoint", out / "padded")
+
+
+def _recover(
+    recipe: Recipe,
+    stream: BlockStream,
+    pruned: Pruned,
+    text: TrainingText,
+    out: Path,
+    state: WalkState,
+    progress: Progress,
+    memory_allowed: int | None,
+) -> tuple[Pruned, Recovered]:
+    """Train the written checkpoint, from the shards that the pruning left: a killed attempt wrote over none of those."""
+    config, teacher = recipe.recovery, None
+    assert config is not None
+    if config.distillation is not None:
+        with progress.phase("teach"):
+            teacher = teach(stream, text.windows, config.distillation, [layer.index for layer in pruned.kept], state, progress.step)
+    with progress.phase("recover"), PeakMemory() as memory:
+        found = retrain(config, out / "checkpoint", pruned, stream, text, teacher, state.work / "recovery", progress.train_step, memory_allowed)
+        return_freed_memory()
+        if recipe.output.padded:
+            write_padded(out / "checkpoint", out / "padded")
+    return found.pruned, Recovered(
+        trained_parameters=found.parameters,
+        trained_share=found.share,
+        steps=found.trained.steps,
+        tokens=found.trained.steps * config.batch * config.sequence_length,
+        text=text.used,
+        held_out_loss_before=found.trained.before,
+        held_out_loss_after=found.trained.best,
+        seconds=round(found.trained.seconds, 3),
+        peak_memory_bytes=memory.bytes,
+    )
 
 
 def _link(source: str, target: str) -> None:
@@ -314,6 +388,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
     finished: float = 0.0
+    reached: float = 0.0
     current: str = ""
 
     def plan(self, costs: dict[str, float]) -> None:
@@ -331,19 +406,51 @@ class Progress:
         self.seconds[name] = round(time.monotonic() - start, 3)
         self.finished += self.costs.get(name, 0.0)
 
-    def step(self, done: int, total: int) -> None:
+    def step(self, done: int, total: int, **more: float) -> None:
+        self._tell(done, total, done / total, **more)
+
+    def round_step(self, step: RoundStep) -> None:
+        """A sub-model of a round; `eta_seconds` is of the whole job, once one was measured."""
+        later = sum(self.costs.values()) - self.finished - self.costs.get(self.current, 0.0)
+        eta = {} if step.pace is None else {"eta_seconds": round(step.pace * (step.cost_left + later), 1)}
+        self._tell(step.done, step.total, step.cost_done / (step.cost_done + step.cost_left), round=step.number, rounds=step.rounds, **eta)
+
+    def train_step(self, step: Step) -> None:
+        """A step of a training; `eta_seconds` is of the whole job."""
+        cost = self.costs[self.current] / step.total
+        later = sum(self.costs.values()) - self.finished - self.costs[self.current]
+        eta = step.eta_seconds + step.seconds / cost * later
+        self._tell(
+            step.done,
+            step.total,
+            step.done / step.total,
+            loss=step.loss,
+            tokens_per_second=round(step.tokens_per_second, 1),
+            eta_seconds=round(eta, 1),
+        )
+
+    def _tell(self, done: int, total: int, share: float, **more: float) -> None:
         all_costs = sum(self.costs.values())
-        fraction = (self.finished + self.costs.get(self.current, 0.0) * done / total) / all_costs if all_costs else 0.0
-        self.emit({"event": "progress", "phase": self.current, "done": done, "total": total, "fraction": round(min(fraction, 1.0), 4)})
+        fraction = (self.finished + self.costs.get(self.current, 0.0) * share) / all_costs if all_costs else 0.0
+        self.reached = max(self.reached, min(fraction, 1.0))  # what a phase costs may prove more than was thought
+        self.emit({"event": "progress", "phase": self.current, "done": done, "total": total, "fraction": round(self.reached, 4), **more})
 
 
-def _costs(recipe: Recipe, stream: BlockStream, tokens: Tensor | None) -> dict[str, float]:
+def _costs(recipe: Recipe, stream: BlockStream, tokens: Tensor | None, target: Target | None) -> dict[str, float]:
     """What each phase costs, in tokens that pass all blocks; the constants are from SmolLM2-135M on two cores."""
-    passes = 1 if recipe.facts.structured and recipe.restoration is None else 3
+    passes: float = 1 if recipe.facts.structured and recipe.restoration is None else 3
+    if isinstance(recipe.method, Bonsai) and target is not None:
+        passes += sum((recipe.method.masks + 1) * cost for cost in costs_of_rounds(stream, recipe.method, target.fraction))
     costs = {"prune": (0 if tokens is None else tokens.numel() * passes) + 1000.0, "write": 300.0, "verify": 3000.0}
     if recipe.evaluation is not None:
         evaluated = recipe.evaluation.windows * recipe.evaluation.sequence_length * 1.5 + (5000.0 if recipe.evaluation.speed else 0.0)
         costs |= {"evaluate_dense": evaluated, "evaluate": evaluated}
+    if recipe.recovery is not None:
+        trained = recipe.recovery.total_steps * recipe.recovery.batch * recipe.recovery.sequence_length
+        costs["recover"] = trained * (4.0 if recipe.recovery.gradient_checkpointing else 3.0) + 2000.0
+        costs["teach"] = trained * 1.2 if recipe.recovery.distillation is not None else 0.0
+        if recipe.evaluation is not None:
+            costs["evaluate_pruned"] = recipe.evaluation.windows * recipe.evaluation.sequence_length * 1.5
     return costs
 
 
@@ -362,10 +469,23 @@ def _notes(recipe: Recipe, target: Target | None, pruned: Pruned, before: Parame
         if abs(removed - target.fraction) > 0.5 / min(layer.ffn_channels_before for layer in pruned.layers):
             notes.append(f"{removed:.2%} of the FFN channels were removed instead of {target.fraction:.2%}, because widths are whole and bounded.")
     elif recipe.facts.structured and target is not None:
-        removed = 1 - after.decoder / before.decoder
-        notes.append(
-            f"{removed:.2%} of the decoder's linear weights were removed; {recipe.facts.prunes} are whole, so the target is met as nearly as they allow."
-        )
+        of_all = recipe.denominator == "non_embedding"
+        removed = 1 - (after.non_embedding / before.non_embedding if of_all else after.decoder / before.decoder)
+        what = "parameters without embedding and head" if of_all else "decoder's linear weights"
+        notes.append(f"{removed:.2%} of the {what} were removed; {recipe.facts.prunes} are whole, so the target is met as nearly as they allow.")
+    return notes
+
+
+def _recovery_notes(recipe: Recipe, recovered: Recovered | None) -> list[str]:
+    config, notes = recipe.recovery, []
+    if config is None or recovered is None:
+        return []
+    if recovered.steps < config.total_steps:
+        notes.append(f"Training ended after {recovered.steps} of {config.total_steps} steps, since the held-out loss fell no more.")
+    if recovered.held_out_loss_before is not None and recovered.held_out_loss_before == recovered.held_out_loss_after:
+        notes.append("No step of the training lowered the held-out loss, so the pruned model stayed as it was; try a lower learning rate.")
+    if isinstance(config, LoRA) and config.head:
+        notes.append("The head was trained and is stored apart from the embedding, whether it was tied to it or not.")
     return notes
 
 

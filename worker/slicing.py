@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.recipe import FLAP, LeastSquares, Structured
+from app.recipe import FLAP, LeastSquares, Scored
 from worker.calibration import InputStatistics, Statistic, forward, measuring
 from worker.checkpoint import written_type
 from worker.choosing import Choice, keep_best
@@ -44,8 +44,27 @@ def edit_block(run: Pruning, surveyed: list[Surveyed], choice: Choice, index: in
     keep = choice.keeps[index]
     if keep is None:
         return None
-    sliced = slice_block(tensors, run.stream.architecture, run.stream.source.config, index, keep)
+    sliced = slice_kept(run, index, tensors, keep)
     return _with_biases(run, choice, index, keep, tensors, sliced, surveyed[index].means)
+
+
+def slice_kept(run: Pruning, index: int, tensors: dict[str, Tensor], keep: Keep) -> dict[str, Tensor]:
+    """`slice_block`; but FFNs and attention of which nothing stays are left one unit whose outgoing weights are zero, which loads and computes the same."""
+    architecture, config = run.stream.architecture, run.stream.source.config
+    parts = list(zip([mlp.down for mlp in architecture.mlps(config, index)], keep.channels, strict=True)) if keep.channels is not None else []
+    if keep.groups is not None:
+        parts.append((architecture.attention.output, keep.groups))
+    gone = [linear for linear, mask in parts if not mask.any()]
+    if gone:
+        channels = keep.channels and tuple(_one_at_least(mask) for mask in keep.channels)
+        keep = Keep(channels, None if keep.groups is None else _one_at_least(keep.groups), keep.experts)
+    sliced = slice_block(tensors, architecture, config, index, keep)
+    names = [f"{architecture.block_prefix(index)}{linear}.weight" for linear in gone]
+    return sliced | {name: torch.zeros_like(sliced[name]) for name in names}
+
+
+def _one_at_least(mask: Tensor) -> Tensor:
+    return mask if mask.any() else torch.arange(len(mask)) == 0
 
 
 def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveyed], choice: Choice, done: Callable[[int], None]) -> list[dict[str, Any]]:
@@ -53,7 +72,7 @@ def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveye
 
     A refit aims at the dense block's outputs on the pruned model's own inputs.
     """
-    stream, architecture, config, method = run.stream, run.stream.architecture, run.stream.source.config, run.recipe.method
+    stream, architecture, method = run.stream, run.stream.architecture, run.recipe.method
     restoration = run.recipe.restoration
     wanted: frozenset[Statistic] = frozenset({"gram", "variance"}) if restoration else frozenset()
     hidden, arguments = hidden_states(run, WALK)
@@ -69,7 +88,7 @@ def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveye
             return inputs
 
         inputs = measure(tensors, scored_inputs(run, pruner, index))
-        if isinstance(method, Structured) and method.inputs == "pruned":
+        if isinstance(method, Scored) and method.inputs == "pruned":
             keep = keep_best(run, pruner.score(dense_block(run, index, tensors, inputs), method), keep)
         removed = _removed_inputs(run, index, keep)
         fitted: Weights = {}
@@ -77,11 +96,11 @@ def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveye
             output, behind = architecture.attention.output, [linear for linear in removed if linear != architecture.attention.output]
             if output in removed:
                 fitted = _fit(run, index, tensors, inputs, {output: removed[output]}, restoration)
-                if behind:  # the FFN is fitted on what the pruned attention leaves it
-                    without_groups = slice_block(tensors, architecture, config, index, Keep(groups=keep.groups))
-                    inputs |= measure(stream.with_weights(without_groups, index, fitted), behind)
+            if behind and keep.groups is not None and not keep.groups.all():  # the FFN is fitted on what the pruned attention leaves it
+                without_groups = slice_kept(run, index, tensors, Keep(groups=keep.groups))
+                inputs |= measure(stream.with_weights(without_groups, index, fitted), behind)
             fitted |= _fit(run, index, tensors, inputs, {linear: removed[linear] for linear in behind}, restoration)
-        sliced = stream.with_weights(slice_block(tensors, architecture, config, index, keep), index, fitted)
+        sliced = stream.with_weights(slice_kept(run, index, tensors, keep), index, fitted)
         means = {linear: inputs[linear].mean for linear in removed}
         sliced = _with_biases(run, choice, index, keep, tensors, sliced, means)
         if index + 1 < len(stream):
@@ -104,13 +123,13 @@ def _fit(run: Pruning, index: int, tensors: dict[str, Tensor], inputs: dict[str,
 
 
 def _removed_inputs(run: Pruning, index: int, keep: Keep) -> dict[str, Tensor]:
-    """(C,) masks of the linears whose inputs lost some."""
+    """(C,) masks of the linears whose inputs lost some, but not all."""
     architecture, config = run.stream.architecture, run.stream.source.config
     masks = {} if keep.channels is None else {mlp.down: mask for mlp, mask in zip(architecture.mlps(config, index), keep.channels, strict=True)}
     columns = kept_columns(keep, architecture, config)
     if columns is not None:
         masks[architecture.attention.output] = columns
-    return {linear: mask.to(run.stream.device) for linear, mask in masks.items() if not mask.all()}
+    return {linear: mask.to(run.stream.device) for linear, mask in masks.items() if mask.any() and not mask.all()}
 
 
 def _renumbered(run: Pruning, tensors: dict[str, Tensor], index: int, place: int) -> dict[str, Tensor]:

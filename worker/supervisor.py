@@ -96,7 +96,7 @@ class _Listener:
         self._stderr = b""
         self._first: tuple[float, float] | None = None  # time and fraction of the first progress
         self._event_at = 0.0  # fraction at which the next progress event is due
-        self._blocks: dict[str, int] = {}
+        self._counts: dict[str, Any] = {}
         self.error: dict[str, str] | None = None
 
     @property
@@ -123,22 +123,26 @@ class _Listener:
         match event:
             case {"event": "phase", "phase": str(phase)}:
                 self._heart.enter_phase(phase)
-            case {"event": "progress", "phase": str(phase), "done": int(done), "total": int(total), "fraction": float() | int() as fraction}:
-                self._progress(phase, done, total, float(fraction))
+            case {"event": "progress", "phase": str(), "done": int(), "total": int(), "fraction": float() | int()}:
+                self._progress(event)
             case {"event": "log", "message": str(message)}:
                 self._heart.tell("log", message)
             case {"event": "error", "code": str(code), "message": str(message)}:
                 self.error = {"code": code, "message": message, "hint": str(event.get("hint", ""))}
 
-    def _progress(self, phase: str, done: int, total: int, fraction: float) -> None:
-        now = time.monotonic()
-        if phase == "prune":
-            self._blocks = {"blocks_done": done, "blocks_total": total}
-        progress: dict[str, Any] = {"fraction": fraction, **self._blocks}
+    def _progress(self, event: dict[str, Any]) -> None:
+        now, phase, fraction = time.monotonic(), event["phase"], float(event["fraction"])
+        counted = "masks" if "round" in event else {"prune": "blocks", "recover": "steps"}.get(phase)
+        if counted is not None:
+            self._counts = {f"{counted}_done": event["done"], f"{counted}_total": event["total"]}
+            self._counts |= {name: event[name] for name in ("round", "rounds", "loss", "tokens_per_second") if name in event}
+        progress: dict[str, Any] = {"fraction": fraction, **self._counts}
         if self._first is None:
             self._first = now, fraction
         began, began_at = self._first
-        if fraction - began_at > PROGRESS_STEP:
+        if "eta_seconds" in event:  # the engine knows what its sub-models and steps take
+            progress["eta_seconds"] = event["eta_seconds"]
+        elif fraction - began_at > PROGRESS_STEP:
             progress["eta_seconds"] = round((now - began) * (1 - fraction) / (fraction - began_at), 1)
         self._heart.progress(progress)
         if fraction >= self._event_at:

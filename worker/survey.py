@@ -1,10 +1,11 @@
-"""One walk of the dense model, before anything is pruned: of each block only scores, means and what the allocation asks are kept.
+"""One walk of a model before anything of it is removed: of each block only scores, means and what the allocation asks are kept.
 
 Notation: M FFNs of a block, I FFN channels, H heads, hd head size, C inputs of a linear, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from app.recipe import FLAP, Coarse, Owl, Structured, ZScore
+from app.recipe import FLAP, Coarse, Owl, Scored, ZScore
 from worker.allocation import DISTANCES, outlier_ratio
 from worker.blocks import RoutedExperts
 from worker.calibration import Distance, InputStatistics, Statistic, forward, measuring
@@ -40,16 +41,22 @@ def is_needed(run: Pruning, pruner: Pruner) -> bool:
     return isinstance(pruner, StructuredPruner) or isinstance(run.recipe.allots, Coarse | Owl | ZScore)
 
 
-def survey(run: Pruning, pruner: Pruner) -> list[Surveyed]:
-    """Walk the dense model once, or read what an earlier attempt left of the walk."""
+def survey(
+    run: Pruning,
+    pruner: Pruner,
+    done: Callable[[int], None],
+    walk: str = WALK,
+    edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] = lambda index, tensors: tensors,
+) -> list[Surveyed]:
+    """Walk the dense model once, or what `edit` makes of its blocks, or read what an earlier attempt left of the walk."""
     stream, architecture, config = run.stream, run.stream.architecture, run.stream.source.config
     allocation, method = run.recipe.allots, run.recipe.method
     scorer, scored = (pruner, method) if isinstance(pruner, StructuredPruner) else _scorer_for_masks(allocation)
     wanted = scorer.statistics(scored) if scorer else frozenset[Statistic]()
     distance = _distance(scorer, scored, allocation)
-    hidden, arguments = hidden_states(run, WALK)
-    for index in range(len(run.state.blocks(WALK)), len(stream)):
-        tensors = read_block(run, index)
+    hidden, arguments = hidden_states(run, walk)
+    for index in range(len(run.state.blocks(walk)), len(stream)):
+        tensors = edit(index, read_block(run, index))
         mlps, shared = architecture.mlps(config, index), architecture.inputs(config, index)
         measured = scored_inputs(run, scorer, index, scored) if scorer else []
         last = index + 1 == len(stream)
@@ -73,18 +80,18 @@ def survey(run: Pruning, pruner: Pruner) -> list[Surveyed]:
             scores |= {str(unit): score for unit, score in scorer.score(dense, scored).items()}
         if isinstance(method, FLAP) and method.compensate:
             scores |= {MEAN + linear: inputs[linear].mean for linear in measured}
-        file = _file(run, index)
+        file = _file(run, walk, index)
         save_file({name: score.cpu().contiguous() for name, score in scores.items()}, file)
         record = {"importance": None if distance is None else moved, "outliers": outliers}
-        run.state.finish_block(WALK, [file], record, next_input(run, hidden, index))
-        run.block_done(index + 1, len(stream) * walks(run, pruner))
-    return [_read(run, index) for index in range(len(stream))]
+        run.state.finish_block(walk, [file], record, next_input(run, hidden, index))
+        done(index)
+    return [_read(run, walk, index) for index in range(len(stream))]
 
 
 def walks(run: Pruning, pruner: Pruner) -> int:
     """Walks of the calibration set that a run makes: the survey, and one that prunes block by block."""
     method = run.recipe.method
-    in_turn = isinstance(pruner, MaskPruner) or run.recipe.restoration is not None or (isinstance(method, Structured) and method.inputs == "pruned")
+    in_turn = isinstance(pruner, MaskPruner) or run.recipe.restoration is not None or (isinstance(method, Scored) and method.inputs == "pruned")
     return is_needed(run, pruner) + in_turn
 
 
@@ -117,12 +124,12 @@ def _distance(scorer: StructuredPruner | None, scored: object, allocation: objec
     return DISTANCES[allocation.distance] if isinstance(allocation, Coarse) else None
 
 
-def _file(run: Pruning, index: int) -> Path:
-    return run.state.work / f"survey.{index}.safetensors"
+def _file(run: Pruning, walk: str, index: int) -> Path:
+    return run.state.work / f"{walk}.{index}.safetensors"
 
 
-def _read(run: Pruning, index: int) -> Surveyed:
-    tensors, record = load_file(_file(run, index)), run.state.blocks(WALK)[index]["facts"]
+def _read(run: Pruning, walk: str, index: int) -> Surveyed:
+    tensors, record = load_file(_file(run, walk, index)), run.state.blocks(walk)[index]["facts"]
     means = {name.removeprefix(MEAN): tensor for name, tensor in tensors.items() if name.startswith(MEAN)}
     return Surveyed({name: tensor for name, tensor in tensors.items() if not name.startswith(MEAN)}, means, record["importance"], record["outliers"])
 

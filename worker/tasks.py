@@ -159,10 +159,7 @@ def _must_succeed(outcome: Outcome) -> None:
 
 def _texts(recipe: Recipe, settings: Settings) -> dict[str, Path]:
     """Where the texts lie that the recipe names by a path; they may be read only below the allowed roots."""
-    names = {"/calibration/source": recipe.calibration.source}
-    if recipe.evaluation is not None:
-        names["/evaluation/source"] = recipe.evaluation.source
-    found = {name: find_text(name, settings.text_roots, pointer) for pointer, name in names.items()}
+    found = {name: find_text(name, settings.text_roots, pointer) for pointer, name in recipe.texts.items()}
     return {name: path for name, path in found.items() if path is not None}
 
 

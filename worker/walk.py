@@ -25,6 +25,19 @@ SHARDS = "checkpoint"  # folder below the work directory where finished shards g
 
 
 @dataclass(frozen=True)
+class RoundStep:
+    """How far a pruning in rounds is; costs are in tokens that pass the blocks of the dense model."""
+
+    number: int  # of the round, from 1
+    rounds: int
+    done: int  # of this round's sub-models
+    total: int
+    cost_done: float
+    cost_left: float
+    pace: float | None  # seconds a cost, from the sub-models so far; None before the first
+
+
+@dataclass(frozen=True)
 class Pruning:
     """One pruning run: what to prune, with which tokens, where to keep its state."""
 
@@ -34,6 +47,7 @@ class Pruning:
     state: WalkState
     block_done: Callable[[int, int], None]  # blocks finished so far, of how many in all walks
     perplexity: Callable[[Edit], float] | None = None  # of the model with edited blocks, where a budget bounds it
+    round_step: Callable[[RoundStep], None] = lambda step: None
 
     @property
     def folder(self) -> Path:

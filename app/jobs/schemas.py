@@ -35,6 +35,14 @@ class Progress(Out):
     fraction: float = Field(0, description="Of the whole job, 0 to 1.", examples=[0.42])
     blocks_done: int | None = Field(None, description="Decoder blocks pruned so far.", examples=[12])
     blocks_total: int | None = Field(None, description="Decoder blocks of the model.", examples=[30])
+    round: int | None = Field(None, description="The round that it is in, of a method that prunes in rounds.", examples=[2])
+    rounds: int | None = Field(None, description="Rounds in all.", examples=[4])
+    masks_done: int | None = Field(None, description="Sub-models evaluated in this round.", examples=[17])
+    masks_total: int | None = Field(None, description="Sub-models that a round evaluates at most.", examples=[100])
+    steps_done: int | None = Field(None, description="Steps of the recovery's training so far.", examples=[120])
+    steps_total: int | None = Field(None, description="Its steps at most.", examples=[200])
+    loss: float | None = Field(None, description="Its loss in the last step.", examples=[2.71])
+    tokens_per_second: float | None = Field(None, description="Tokens that it trains on a second.", examples=[310.5])
     eta_seconds: float | None = Field(None, description="Seconds to go, as far as can be told.", examples=[40])
 
 

@@ -22,9 +22,8 @@ from app.source import check_recipe, find_local, find_text, read_source
 
 def check_submission(recipe: Submission, settings: Settings) -> None:
     """Refuse what can never run, as far as it can be seen from here: model and text outside the allowed roots, a checkpoint that can't be pruned."""
-    find_text(recipe.calibration.source, settings.text_roots, "/calibration/source")
-    if recipe.evaluation is not None:
-        find_text(recipe.evaluation.source, settings.text_roots, "/evaluation/source")
+    for pointer, name in recipe.texts.items():
+        find_text(name, settings.text_roots, pointer)
     folder = find_local(recipe.model, settings.model_roots)
     if folder is not None:
         if folder.is_dir() or any(root.is_dir() for root in settings.model_roots):  # else the roots are only on the workers

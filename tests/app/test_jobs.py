@@ -28,7 +28,7 @@ def test_three_fields_suffice(api: Api) -> None:
     assert (job["model"], job["method"]) == ("owner/model", "cfsp")
     assert Recipe.model_validate(job["recipe"]) == Recipe.model_validate(RECIPE)
     assert job["recipe"]["calibration"]["samples"] == 32
-    assert job["progress"] == {"fraction": 0, "blocks_done": None, "blocks_total": None, "eta_seconds": None}
+    assert job["progress"] == dict.fromkeys(job["progress"]) | {"fraction": 0}
     assert job["links"] == {
         "self": f"/v1/jobs/{job['id']}",
         "events": f"/v1/jobs/{job['id']}/events",
@@ -303,9 +303,20 @@ def example(schema: dict[str, Any], definitions: dict[str, Any] | None = None) -
 
 def test_methods(api: Api) -> None:
     methods = {method["name"]: method for method in api.get("/v1/methods").json()["items"]}
-    assert set(methods) == {"magnitude", "wanda", "sparsegpt", "cfsp", "flap", "depth", "experts"}
+    assert set(methods) == {"magnitude", "wanda", "sparsegpt", "cfsp", "flap", "bonsai", "depth", "experts"}
     assert methods["cfsp"]["denominator"] == "ffn"
     assert methods["cfsp"]["parameters"]["properties"]["mode"]["enum"] == ["combined", "paper", "code"]
     assert methods["wanda"]["patterns"] is True
     assert "llama" in methods["magnitude"]["model_types"]
     assert all(method["summary"].endswith(".") or method["summary"].endswith(").") for method in methods.values())
+
+
+def test_recoveries(api: Api) -> None:
+    recoveries = {recovery["name"]: recovery for recovery in api.get("/v1/recoveries").json()["items"]}
+    assert {"full", "lora"} <= set(recoveries)
+    assert recoveries["lora"]["presets"]["bonsai"]["rank"] == 128
+    assert all(recovery["summary"].endswith(".") for recovery in recoveries.values())
+    for recovery in recoveries.values():
+        for preset in recovery["presets"]:
+            named = api.post("/v1/jobs", json=RECIPE | {"recovery": preset})
+            assert (named.status_code, named.json()["recipe"]["recovery"]["name"]) == (202, recovery["name"])

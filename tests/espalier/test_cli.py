@@ -206,6 +206,11 @@ def test_methods(espalier: Command) -> None:
     assert "FFN channels" in espalier("methods").out
 
 
+def test_recoveries(espalier: Command) -> None:
+    assert {"full", "lora"} <= {recovery["name"] for recovery in espalier("recoveries", "--json").json}
+    assert "bonsai" in espalier("recoveries").out
+
+
 @pytest.mark.parametrize("recipe", ["{", "[]"])
 def test_a_recipe_that_is_no_json_object_is_a_usage_error(espalier: Command, recipe: str) -> None:
     ran = espalier("submit", MODEL, "--recipe", recipe)

@@ -40,7 +40,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "structured": {"method": "cfsp", "sparsity": 0.4, "restoration": "least_squares", "output": {"layout": "per_layer"}},
     "masked": {"method": "wanda", "sparsity": 0.5, "allocation": "owl"},
     "budget": {"method": "cfsp", "sparsity": {"max_perplexity_increase": INCREASE}, "output": {"layout": "per_layer"}},
+    "rounds": {"method": {"name": "bonsai", "prune_fraction": 0.1, "masks": 10}, "sparsity": 0.2, "output": {"layout": "per_layer"}},
 }
+BY_BLOCKS = ("structured", "masked", "budget")  # their progress is in blocks
 
 Event = dict[str, Any]
 Moment = Callable[[list[Event]], bool]  # told all events so far: whether to kill now
@@ -180,10 +182,16 @@ def tries(count: int) -> Moment:
     return lambda events: sum(event.get("message", "").startswith("A try") for event in events) == count
 
 
+def sub_model(number: int, done: int) -> Moment:
+    """When so many sub-models of a round are evaluated."""
+    return lambda events: (events[-1].get("round"), events[-1].get("done")) == (number, done)
+
+
 KILLS: dict[str, list[Moment]] = {
     "structured": [phase("load"), phase("evaluate_dense"), block(2), block(LAYERS + 2), phase("write"), phase("evaluate"), phase("verify")],
     "masked": [block(2), block(LAYERS + 2), phase("write")],
     "budget": [block(2), tries(2), tries(2)],
+    "rounds": [sub_model(1, 0), sub_model(1, 3), sub_model(1, 10), sub_model(2, 4), phase("write")],
 }
 
 
@@ -263,7 +271,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.rglob("*"))}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BY_BLOCKS)
 def test_an_undisturbed_run_goes_on_from_nothing(name: str, chains: dict[str, Future[Ended]]) -> None:
     chain = chains[name].result()
     assert chain.last.phases == ["load", "evaluate_dense", "prune", "write", "evaluate", "verify"]
@@ -273,7 +281,7 @@ def test_an_undisturbed_run_goes_on_from_nothing(name: str, chains: dict[str, Fu
     assert not chain.work.exists()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", BY_BLOCKS)
 def test_a_run_that_is_killed_in_every_phase_ends_as_an_undisturbed_one(name: str, chains: dict[str, Future[Ended]]) -> None:
     chain = chains[f"{name}-phases"].result()
     check_ended_as_undisturbed(chain, chains[name].result())
@@ -283,6 +291,16 @@ def test_a_run_that_is_killed_in_every_phase_ends_as_an_undisturbed_one(name: st
     assert 2 <= finished[first] < LAYERS
     assert finished[second:] == [LAYERS] * len(finished[second:]) if name == "budget" else LAYERS + 2 <= finished[second] < 2 * LAYERS
     assert name == "budget" or finished[second + 1 :] == [2 * LAYERS] * len(finished[second + 1 :])
+
+
+def test_rounds_that_are_killed_end_as_undisturbed_ones(chains: dict[str, Future[Ended]]) -> None:
+    chain, undisturbed = chains["rounds-phases"].result(), chains["rounds"].result()
+    check_ended_as_undisturbed(chain, undisturbed)
+    told = [(event["round"], event["done"]) for event in undisturbed.last.events if "eta_seconds" in event]
+    assert [each for each in told if each[1]] == [(number, done) for number in (1, 2) for done in range(1, 11)]
+    of_rounds = [attempt.walks.get("rounds", 0) for attempt in chain.killed]
+    assert of_rounds[:2] == [0, 0]
+    assert of_rounds[3:] == [1, 2]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from worker.calibration import InputStatistics
 from worker.pruners import bonsai
 from worker.pruners.bonsai import (
     STRENGTHS,
@@ -22,6 +23,7 @@ from worker.pruners.bonsai import (
     kendall_tau,
     round_fraction,
     sampling,
+    score,
     select,
     select_local,
     stable,
@@ -31,6 +33,28 @@ from worker.pruners.bonsai import (
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+# --------------------------------------------------------------------- priors
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("wanda", [2.5 * 2, 1.5 * 3, 0.5]), ("activation", [2, 3, 1]), ("magnitude", [2.5, 1.5, 0.5])])
+def test_priors_of_a_linears_inputs(kind: str, expected: list[float]) -> None:
+    weight = torch.tensor([[1.0, -3.0, 0.0], [-4.0, 0.0, 1.0]])
+    inputs = InputStatistics(3, torch.device("cpu"), frozenset({"norm"}))
+    for row in ([2.0, -3.0, 1.0], [-2.0, 3.0, 1.0]):
+        inputs.update(torch.tensor([[row]]))
+    assert score(weight, inputs, kind).tolist() == pytest.approx(expected)
+    weight[0, 0] = math.inf
+    assert score(weight, inputs, kind).tolist() == (pytest.approx(expected) if kind == "activation" else [0, 0, 0])
+
+
+def test_expected_worth_is_parameters_times_the_prior_by_its_kinds_mean() -> None:
+    priors = [torch.tensor([1.0, 3.0]), torch.tensor([200.0, 400.0]), torch.zeros(2), torch.zeros(0), torch.tensor([5.0, 0.0])]
+    kinds = ["channels", "groups", "groups", "groups", "channels"]
+    found = bonsai.expected_worth(priors, kinds, [3, 100, 100, 100, 3])
+    expected = [[1.0, 3.0], [200 / 3, 400 / 3], [100.0, 100.0], [], [5.0, 0.0]]
+    assert [worth.tolist() for worth in found] == [pytest.approx(values) for values in expected]
 
 
 # ------------------------------------------------------------- drawing masks
@@ -50,6 +74,8 @@ def test_a_unit_is_drawn_in_proportion_to_what_it_lacks() -> None:
     assert sampling(prior, torch.tensor([True, False, True, True])).tolist() == pytest.approx([4 / 9, 0, 2 / 9, 3 / 9])
     assert sampling(torch.ones(3), torch.tensor([False, True, True])).tolist() == [0, 0.5, 0.5]
     assert sampling(torch.tensor([7.0]), torch.tensor([True])).tolist() == [1]
+    assert sampling(torch.tensor([7.0]), torch.tensor([False])).tolist() == [0]
+    assert sampling(torch.zeros(0), torch.zeros(0, dtype=torch.bool)).tolist() == []
 
 
 @given(data=st.data(), released=st.booleans())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import espalier.loader  # noqa: F401  makes from_pretrained build per-layer widths
 from app.architecture import ARCHITECTURES
 from app.exceptions import RecipeError
-from app.recipe import METHODS, MODEL_TYPES, Budget, Evaluation, Recipe
+from app.recipe import METHODS, MODEL_TYPES, Budget, Evaluation, Fraction, Recipe, Structured
 from app.source import Source, check_recipe, read_source
 from tests.models import load_model, make_checkpoint, make_text
 from worker.blocks import BlockStream
@@ -114,21 +114,23 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_matrix(method: str, model_type: str, layout: str, text: Path, matrix: Path, tmp_path: Path) -> None:
     facts, architecture = METHODS[method][1], ARCHITECTURES[model_type]
-    if (layout == "per_layer" and facts.allocation is None) or (layout == "per_layer" and not facts.structured):
+    if layout == "per_layer" and not issubclass(METHODS[method][0], Structured):
         with pytest.raises(ValueError, match="per_layer"):
             recipe_of(method, 0.25, text, output={"layout": layout})
         return
     folder = make_checkpoint(tmp_path / "dense", model_type, tied=model_type in TIED, ffn=64, layers=4, hidden=64, heads=8, kv_heads=4)
-    recipe = recipe_of(method, 0.25, text, output={"layout": layout})
-    refused = model_type not in facts.model_types or (layout == "per_layer" and not architecture.per_layer) or (method == "flap" and architecture.groups_fixed)
+    asked = {"name": method} | ({"prune_fraction": 0.15, "masks": 8} if method == "bonsai" else {})
+    recipe = recipe_of(asked, 0.25, text, output={"layout": layout})
+    prunes_groups = method in ("flap", "bonsai")
+    refused = model_type not in facts.model_types or (layout == "per_layer" and not architecture.per_layer) or (prunes_groups and architecture.groups_fixed)
     if refused:
         with pytest.raises(RecipeError) as refusal:
             check_recipe(recipe, read_source(folder))
         assert refusal.value.code in ("method_does_not_fit", "layout_not_loadable", "groups_fixed")
         assert model_type in refusal.value.message
-        if method != "flap" or layout == "per_layer":
+        if not prunes_groups or model_type not in facts.model_types or layout == "per_layer":
             return
-        recipe = recipe_of({"name": "flap", "units": "ffn"}, 0.25, text)
+        recipe = recipe_of(asked | {"units": "ffn"}, {"fraction": 0.25, "of": "decoder"} if method == "bonsai" else 0.25, text)
     result, pruned = prune_folder(folder, recipe, tmp_path / "work")
     model = check_result(folder, result, pruned, tmp_path / "scratch", left=matrix / f"{method}-{model_type}-{layout}")
     assert model.config.tie_word_embeddings == (model_type in TIED)
@@ -152,8 +154,9 @@ def test_the_matrix(method: str, model_type: str, layout: str, text: Path, matri
         assert {layer.experts for layer in pruned.kept} == {experts - round(experts * 0.25)}
         assert reached.ffn == pytest.approx(round(experts * 0.25) / experts)
     else:
-        denominator = reached.ffn if recipe.denominator == "ffn" else reached.decoder
-        assert denominator == pytest.approx(0.25, abs=0.005)
+        assert isinstance(recipe.sparsity, Fraction)
+        of = recipe.denominator if recipe.sparsity.of == "method" else recipe.sparsity.of
+        assert getattr(reached, of) == pytest.approx(0.25, abs=0.005)
         if layout == "uniform":
             assert len(set(zip(widths_of(pruned), groups_of(pruned), strict=True))) == 1
 

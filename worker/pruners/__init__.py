@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worker.pruners import cfsp, depth, experts, flap, magnitude, sparsegpt, wanda
+from worker.pruners import bonsai, cfsp, depth, experts, flap, magnitude, sparsegpt, wanda
 from worker.pruners.base import Pruner
 
 PRUNERS: dict[str, Pruner] = {
@@ -11,6 +11,7 @@ PRUNERS: dict[str, Pruner] = {
     "sparsegpt": sparsegpt.PRUNER,
     "cfsp": cfsp.PRUNER,
     "flap": flap.PRUNER,
+    "bonsai": bonsai.PRUNER,
     "depth": depth.PRUNER,
     "experts": experts.PRUNER,
 }

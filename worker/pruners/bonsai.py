@@ -11,6 +11,11 @@ candidates; masks remove some of them; a linear model from masks to utilities gi
 - The utility is -log perplexity; -perplexity is a regression on its outliers.
 - The linear model is a ridge regression, in closed form, that shrinks towards the prior: masks are far fewer than candidates.
 - Candidates are ranked by weight per parameter: a KV group holds a hundred times what a channel does.
+- A module keeps its last unit: one has to be stored for the model to load, so nothing would be saved.
+
+Departures in both modes: norms are over all tokens at once, where the authors average those of batches, and the prior `activation` is the root mean square,
+where theirs (named magnitude) is the mean size; groups of grouped-query attention instead of heads; one set of sequences serves all rounds. The rounds
+themselves are in worker/perturbing.py.
 
 Notation: n units of a module, U units of all modules, C candidates of all modules, M masks, S settings tried at once.
 """
@@ -24,7 +29,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from app.recipe import Bonsai
+from worker.calibration import InputStatistics, Statistic
 from worker.masks import keep_largest
+from worker.pruners.base import DenseBlock, StructuredPruner, Unit, units_of
 
 FOLDS = 5
 MOST_PERPLEXITY = 1e8  # a broken sub-model's
@@ -47,6 +55,51 @@ class Fit:
     tau: float  # Kendall's, between utilities and their predictions from other masks; of the released fit, the mean of each fold's best epoch
 
 
+# --------------------------------------------------------------------- priors
+
+
+def score(weight: Tensor, inputs: InputStatistics, kind: str) -> Tensor:
+    """Prior of each input of a linear (C_out, C_in) -> (C_in,): mean_o |W_oc| · ‖x_c‖ (`wanda`), ‖x_c‖ (`activation`) or mean_o |W_oc| (`magnitude`).
+
+    0 for all where any is NaN or infinite, as released.
+    """
+    size = weight.abs().mean(dim=0)
+    values = size if kind == "magnitude" else inputs.norm if kind == "activation" else size * inputs.norm
+    return values if values.isfinite().all() else torch.zeros_like(values)
+
+
+def expected_worth(priors: Sequence[Tensor], kinds: Sequence[str], costs: Sequence[int]) -> list[Tensor]:
+    """Priors (n,) of modules, made comparable across kinds of units: parameters times the prior by its kind's mean. All float64.
+
+    A module without any prior counts as an average one.
+    """
+    means = {}
+    for kind in set(kinds):
+        values = torch.cat([own.double() for own, of in zip(priors, kinds, strict=True) if of == kind])
+        means[kind] = values.sum() / values.count_nonzero().clamp_min(1)
+    return [
+        cost * (own.double() / means[kind] if own.any() else torch.ones_like(own, dtype=torch.float64))
+        for own, kind, cost in zip(priors, kinds, costs, strict=True)
+    ]
+
+
+def _score(block: DenseBlock, config: Bonsai) -> dict[Unit, Tensor]:
+    scores: dict[Unit, Tensor] = {}
+    if config.units != "attention":
+        scores["channels"] = torch.stack([score(block.weights[mlp.down], block.inputs[mlp.down], config.prior) for mlp in block.mlps])
+    if config.units != "ffn":
+        output = block.attention.output
+        scores["columns"] = score(block.weights[output], block.inputs[output], config.prior)
+    return scores
+
+
+def _statistics(config: Bonsai) -> frozenset[Statistic]:
+    return frozenset({"norm"}) if config.prior in ("wanda", "activation") else frozenset()
+
+
+PRUNER = StructuredPruner(score=_score, units=units_of, statistics=_statistics)
+
+
 # ------------------------------------------------------------- drawing masks
 
 
@@ -64,6 +117,8 @@ def sampling(prior: Tensor, candidates: Tensor) -> Tensor:
 
     (n,), (n,) bool -> (n,) float64. Uniform where all candidates are at the maximum.
     """
+    if not candidates.any():
+        return torch.zeros_like(prior, dtype=torch.float64)
     below = torch.where(candidates, prior.max() - prior, 0).double()
     return below / below.sum() if float(below.sum()) > 0 else candidates / candidates.sum(dtype=torch.float64)
 

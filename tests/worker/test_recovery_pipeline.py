@@ -1,0 +1,138 @@
+"""A job with a recovery, as its own process, also one that is killed while it learns."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from app.report import Report
+from tests.models import make_checkpoint, make_text
+from tests.worker.test_pipeline import engine, finished, hashes
+
+RECOVERY: dict[str, Any] = {
+    "name": "lora",
+    "rank": 4,
+    "ranks": "importance",
+    "head": True,
+    "sequence_length": 32,
+    "steps": 8,
+    "batch": 4,
+    "checkpoint_every": 2,
+    "learning_rate": 0.01,
+    "distillation": {"kl": 0.5, "hidden": 0.01, "top_k": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("text")
+    return make_text(folder, words=3000), make_text(folder, words=500, seed=1)
+
+
+def write_recipe(folder: Path, **more: Any) -> Path:
+    body: dict[str, Any] = {
+        "method": "cfsp",
+        "sparsity": 0.5,
+        "calibration": {"source": "mine", "samples": 4, "sequence_length": 32},
+        "evaluation": {"source": "other", "windows": 4, "sequence_length": 32, "speed": False},
+        "output": {"layout": "per_layer", "padded": True},
+        "recovery": RECOVERY,
+    }
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(body | more))
+    return path
+
+
+def test_a_model_is_pruned_and_recovered_also_after_kills(texts: tuple[Path, Path], tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "dense", "llama", tied=True, layers=4)
+    recipe, other = write_recipe(tmp_path), ("--text", "other", str(texts[1]))
+    code, events, stderr = finished(engine(recipe, source, tmp_path / "one", texts[0], *other))
+    assert code == 0, stderr
+    phases = ["load", "evaluate_dense", "prune", "write", "evaluate_pruned", "teach", "recover", "evaluate", "verify"]
+    assert [event["phase"] for event in events if event["event"] == "phase"] == phases
+    progress = [event for event in events if event["event"] == "progress"]
+    assert [event["fraction"] for event in progress] == sorted(event["fraction"] for event in progress)
+    steps = [event for event in progress if event["phase"] == "recover"]
+    assert [(event["done"], event["total"]) for event in steps] == [(done, 8) for done in range(1, 9)]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert steps[0]["eta_seconds"] > steps[-1]["eta_seconds"] > 0  # of the whole job
+    assert all(event["tokens_per_second"] > 0 for event in steps)
+
+    report = Report.model_validate_json((tmp_path / "one" / "report.json").read_bytes())
+    recovered = report.recovery
+    assert recovered is not None
+    assert (recovered.steps, recovered.tokens) == (8, 8 * 4 * 32)
+    assert recovered.held_out_loss_before is not None
+    assert recovered.held_out_loss_after is not None
+    assert recovered.held_out_loss_after < recovered.held_out_loss_before
+    assert recovered.peak_memory_bytes > 0
+    for measured in (report.before, report.pruned, report.after):
+        assert measured is not None
+        assert measured.perplexity is not None
+    assert report.after.perplexity.value < report.pruned.perplexity.value  # type: ignore[union-attr]
+    head = 320 * 32
+    assert report.parameters_after.all == report.pruned.parameters.all + head  # type: ignore[union-attr]
+    assert report.parameters_after.non_embedding == report.pruned.parameters.non_embedding  # type: ignore[union-attr]
+    assert recovered.trained_parameters > head
+    assert recovered.trained_share == pytest.approx(recovered.trained_parameters / (report.parameters_after.all + recovered.trained_parameters - head))
+    assert [(check.layout, check.checked) for check in report.loads_with] == [("per_layer", "logits"), ("padded", "logits")]
+    card = (tmp_path / "one" / "checkpoint" / "README.md").read_text()
+    assert "## Recovery" in card
+    assert f"{recovered.trained_parameters:,} parameters" in card
+    outer, dense = load_file(tmp_path / "one" / "checkpoint" / "model-00005-of-00005.safetensors"), load_file(source / "model.safetensors")
+    assert (outer["model.embed_tokens.weight"] == dense["model.embed_tokens.weight"]).all()
+    assert (outer["lm_head.weight"] != dense["model.embed_tokens.weight"]).any()
+
+    for phase, done in (("teach", 4), ("recover", 5)):
+        killed = engine(recipe, source, tmp_path / "two", texts[0], *other)
+        assert killed.stdout is not None
+        for line in killed.stdout:
+            event = json.loads(line)
+            if event["event"] == "progress" and (event["phase"], event["done"]) == (phase, done):
+                killed.send_signal(signal.SIGKILL)
+                break
+        killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+    code, events, stderr = finished(engine(recipe, source, tmp_path / "two", texts[0], *other))
+    assert code == 0, stderr
+    assert [event["phase"] for event in events if event["event"] == "phase"] == ["load", "prune", "write", "teach", "recover", "evaluate", "verify"]
+    assert [event["done"] for event in events if event["event"] == "progress" and event["phase"] in ("teach", "recover")] == [5, 6, 7, 8]
+    again = Report.model_validate_json((tmp_path / "two" / "report.json").read_bytes())
+    varying = {"seconds", "peak_memory_bytes", "resumed_at_block", "recovery"}
+    assert again.model_dump(exclude=varying) == report.model_dump(exclude=varying)
+    assert again.recovery is not None
+    assert again.recovery.model_dump(exclude=varying) == recovered.model_dump(exclude=varying)
+    for folder in ("checkpoint", "padded"):
+        assert hashes(tmp_path / "two" / folder) == hashes(tmp_path / "one" / folder)
+
+
+def test_zeros_survive_a_job(texts: tuple[Path, Path], tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "dense", "gpt2", tied=True, layers=2)
+    recovery = {"name": "full", "sequence_length": 32, "steps": 3, "batch": 4, "learning_rate": 0.003}
+    recipe = write_recipe(tmp_path, method="wanda", sparsity="2:4", output={"dtype": "bfloat16"}, recovery=recovery)
+    code, _, stderr = finished(engine(recipe, source, tmp_path / "out", texts[0], "--text", "other", str(texts[1])))
+    assert code == 0, stderr
+    report = Report.model_validate_json((tmp_path / "out" / "report.json").read_bytes())
+    assert report.parameters_after.decoder_zeros == report.parameters_after.decoder / 2
+    assert report.sparsity.decoder == 0.5
+    assert all(layer.zeros == layer.weights / 2 for layer in report.layers)
+    assert report.after is not None
+    assert report.after.perplexity is not None
+    assert report.pruned is not None
+    assert report.pruned.perplexity is not None
+    assert report.after.perplexity.value < report.pruned.perplexity.value
+    assert report.recovery is not None
+    assert report.recovery.trained_parameters == report.parameters_after.all - report.parameters_after.decoder_zeros
+
+
+def test_the_evaluation_text_by_another_name_is_refused(texts: tuple[Path, Path], tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "dense", "llama")
+    recipe = write_recipe(tmp_path)
+    code, events, _ = finished(engine(recipe, source, tmp_path / "out", texts[0], "--text", "other", str(texts[0])))
+    assert code == 2
+    assert events[-1]["code"] == "training_on_evaluation_text"

@@ -1,0 +1,189 @@
+"""Trains a pruned checkpoint as a whole: loads it in float32, makes some of its parameters ready, trains them, merges, and writes the shards again.
+
+Notation: B sequences, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from app.architecture import ARCHITECTURES
+from app.exceptions import EspalierError, RecipeError
+from app.recipe import RecoveryConfig, Training
+from app.source import Source, read_source
+from worker.allocation import angular
+from worker.blocks import BlockStream
+from worker.calibration import HiddenStates, embed_into, forward
+from worker.checkpoint import read_masks, replace_weights
+from worker.evaluation import LinearZeros
+from worker.memory import anonymous_bytes, available_bytes
+from worker.recovery import RECOVERIES
+from worker.recovery.base import Student
+from worker.recovery.distillation import Teacher, outputs_of
+from worker.recovery.text import TrainingText
+from worker.training import Step, Trained, train
+from worker.walk import Pruned
+
+JUDGED_WINDOWS = 16  # for coarse importance, where the pruning measured none
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What a recovery did, and what it left of the zeros."""
+
+    trained: Trained
+    parameters: int  # that were trained
+    share: float  # of all parameters in training
+    pruned: Pruned  # with the zeros as they are now
+
+
+def retrain(
+    config: RecoveryConfig,
+    folder: Path,
+    pruned: Pruned,
+    dense: BlockStream,
+    text: TrainingText,
+    teacher: Teacher | None,
+    work: Path,
+    tell: Callable[[Step], None],
+    memory_allowed: int | None = None,
+) -> Retrained:
+    """Recover the checkpoint in `folder`, whose shards are written again with their names, shapes and dtypes; a mask's zeros stay zero.
+
+    `pruned` is what was told of it, `dense` the model before. State lies in `work`: a run that was killed goes on from there, on the same pruned shards.
+    Raises RecipeError where the model does not fit in memory.
+    """
+    source = read_source(folder)
+    masks = {weight: mask.to(dense.device) for file in sorted(folder.glob("masks-*.safetensors")) for weight, mask in read_masks(file).items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        _require_memory(4 * sum(math.prod(entry.shape) for entry in source.tensors.values()), memory_allowed)
+        model = load(source, dense.device, gradient_checkpointing=config.gradient_checkpointing)
+        student = Student(model, source, masks, functools.partial(coarse_importance, pruned, dense, text.windows[:JUDGED_WINDOWS], work / "importance"))
+        adapted = RECOVERIES[config.name](student, config)
+        _require_memory(12 * adapted.count, memory_allowed)  # gradients and AdamW's two moments
+        trained = train(
+            model,
+            adapted.parameters,
+            text.windows,
+            text.held_out,
+            config,
+            functools.partial(training_loss, student, config, teacher),
+            lambda windows: next_token_loss(_logits(model, windows), windows),
+            work,
+            tell,
+        )
+    share = adapted.count / sum(parameter.numel() for parameter in model.parameters())
+    adapted.merge()
+    return Retrained(trained, adapted.count, share, write_back(student, pruned))
+
+
+# --------------------------------------------------------------------- the model
+
+
+def load(source: Source, device: torch.device, *, gradient_checkpointing: bool) -> Any:
+    """The model of a checkpoint folder as transformers builds it, in float32, with no parameter that takes gradients."""
+    if source.config.get("per_layer_config"):
+        importlib.import_module("espalier.loader")
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(source.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model.to(device).requires_grad_(False)
+
+
+def _require_memory(needed: int, allowed: int | None) -> None:
+    """Refuse a training whose tensors won't fit; activations come on top of them."""
+    rooms = [torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_bytes()]
+    if allowed is not None:
+        rooms.append(allowed - anonymous_bytes())
+    if needed > min(rooms):
+        raise RecipeError(
+            f"Training needs {needed / 2**30:.1f} GiB more, and {max(0, min(rooms)) / 2**30:.1f} GiB are free.",
+            code="training_does_not_fit",
+            hint="Train fewer parameters, leave recovery out, or run the job on a larger machine.",
+            pointer="/recovery",
+        )
+
+
+def coarse_importance(pruned: Pruned, dense: BlockStream, windows: Tensor, scratch: Path) -> list[float]:
+    """How far each block that was kept moves a token, as the pruning measured it, or else in the dense model over (B, T) windows."""
+    known = [layer.importance for layer in pruned.kept if layer.importance is not None]
+    if len(known) == len(pruned.kept):
+        return known
+    scratch.mkdir(parents=True, exist_ok=True)
+    hidden = HiddenStates(scratch, (*windows.shape, int(dense.config.hidden_size)))
+    embed_into(hidden, dense, windows)
+    arguments = dense.block_arguments(windows.shape[1])
+    moved = []
+    for index in range(len(dense)):
+        block = dense.materialise(index, dense.block_tensors(index))
+        moved.append(forward(block, arguments[index], hidden.open(index), hidden.open(index + 1), angular))
+        dense.drop(index)
+    return [moved[layer.index] for layer in pruned.kept]
+
+
+# ---------------------------------------------------------------------- the loss
+
+
+def next_token_loss(logits: Tensor, windows: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each token of (B, T) windows but the first, from (B, T, V) logits."""
+    return cross_entropy(logits[:, :-1].float().flatten(0, 1), windows[:, 1:].flatten())
+
+
+def _logits(model: Any, windows: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=windows, use_cache=False).logits
+    return logits
+
+
+def training_loss(student: Student, config: Training, teacher: Teacher | None, windows: Tensor, first: int) -> Tensor:
+    blocks = student.model.get_submodule(student.architecture.blocks)
+    with outputs_of(blocks) as outputs:
+        logits = _logits(student.model, windows)
+    loss = next_token_loss(logits, windows)
+    if teacher is not None and config.distillation is not None:
+        loss = loss + teacher.loss(logits, outputs, first, config.distillation)
+    return loss
+
+
+# -------------------------------------------------------------------- the result
+
+
+def write_back(student: Student, pruned: Pruned) -> Pruned:
+    """Write a trained model over the shards that it was loaded from, and count its zeros. Raises EspalierError where one that a mask demands is gone."""
+    head, embedding = student.model.get_output_embeddings().weight, student.model.get_input_embeddings().weight
+    weights = {name: parameter.detach() for name, parameter in student.model.named_parameters()}
+    weights[student.architecture.head] = head.detach()  # which transformers may call otherwise than it is stored
+    lost = [name for name, mask in student.masks.items() if bool(weights[name][~mask].count_nonzero())]
+    if lost:
+        raise EspalierError(f"Training filled zeros of {', '.join(lost)}.", code="zeros_lost", hint="This is a fault of Espalier; please report it.")
+    replace_weights(student.source, weights, tied=head is embedding)
+    counted = _count_zeros(read_source(student.source.folder))
+    zeros = dict(zip((layer.index for layer in pruned.kept), counted, strict=True))
+    layers = [layer if layer.dropped else layer.model_copy(update={"zeros": zeros[layer.index].all}) for layer in pruned.layers]
+    return replace(pruned, layers=layers, zeros_after=[zeros.get(layer.index, LinearZeros()) for layer in layers])
+
+
+def _count_zeros(source: Source) -> list[LinearZeros]:
+    """Of each block, as it is stored."""
+    stream, architecture = BlockStream(source), ARCHITECTURES[source.model_type]
+    found = []
+    for index in range(len(stream)):
+        tensors, prefix = stream.block_tensors(index), architecture.block_prefix(index)
+        ffn = {name for mlp in architecture.mlps(source.config, index) for name in mlp.linears}
+        zeros = {name: tensors[f"{prefix}{name}.weight"] for name in architecture.linears(source.config, index)}
+        counts = {name: weight.numel() - int(weight.count_nonzero()) for name, weight in zeros.items()}
+        mlp = sum(count for name, count in counts.items() if name in ffn)
+        found.append(LinearZeros(attention=sum(counts.values()) - mlp, mlp=mlp))
+    return found

@@ -1,0 +1,39 @@
+"""The text that a recovery trains on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.exceptions import RecipeError
+from app.recipe import Training
+from app.report import TextUsed
+from worker.data import TokenizedText
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    windows: Tensor  # (B, T) token ids, in the order of the training; B is steps · batch
+    held_out: Tensor | None  # (b, T), of which no token is in a window
+    used: TextUsed
+
+
+def training_text(text: TokenizedText, config: Training) -> TrainingText:
+    """Windows at random offsets before the end of the text, and the windows at its end that are held out. Raises RecipeError where the text is too short."""
+    length, held_out = config.sequence_length, config.held_out or 0
+    before = len(text.tokens) - held_out * length
+    if before < length + 1:
+        raise RecipeError(
+            f"The text '{text.source}' has {len(text.tokens)} tokens, fewer than the {(held_out + 1) * length + 1} of one sequence and {held_out} held-out windows.",
+            code="training_text_too_short",
+            hint="Give a longer text, a smaller sequence_length, or fewer held_out windows.",
+            pointer="/recovery/sequence_length",
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    count = config.total_steps * config.batch
+    offsets = torch.randint(0, before - length, (count,), generator=generator)
+    windows = torch.stack([text.tokens[offset : offset + length] for offset in offsets.tolist()])
+    rest = text.tokens[before:].view(held_out, length) if held_out else None
+    return TrainingText(windows, rest, text.used(count * length + held_out * length))

@@ -241,6 +241,10 @@ class Architecture:
         slot = self.slot(linear)
         return slot is not None and (not slot.switch or bool(self.stated(config, slot.switch)))
 
+    def has_biases(self, config: Config) -> bool:
+        """Whether a block has any biases, its norms' included."""
+        return self.norm_biases or any(self.has_bias(config, linear) for linear in self.linears(config, 0))
+
     # ---------------------------------------------------------------- shapes
 
     def outer_shapes(self, config: Config) -> Iterator[tuple[str, Shape]]:

@@ -363,6 +363,11 @@ class Training(Strict):
             return -(-self.tokens // (self.batch * self.sequence_length))
         return self.steps or 200
 
+    @property
+    def windows(self) -> tuple[int, int]:
+        """Sequences that are drawn from the text to train on, and those at its end that are held out."""
+        return self.total_steps * self.batch, self.held_out or 0
+
 
 class Full(Training):
     """Train every weight that was not pruned, embeddings included; zeros of a mask stay zero."""
@@ -388,11 +393,86 @@ class LoRA(Training):
     )
 
 
-RecoveryConfig = Annotated[Full | LoRA, Field(discriminator="name")]
-RecoveryName = Literal["full", "lora"]
+PerpPart = Literal["biases", "norms", "head", "adapters"]
+PERP_PRESETS: dict[str, tuple[PerpPart, ...]] = {
+    "biases": ("biases",),
+    "norms": ("norms",),
+    "biases+norms": ("biases", "norms"),
+    "head": ("head",),
+    "adapters": ("adapters",),
+    "published": ("biases", "norms", "adapters"),
+    "all": ("biases", "norms", "head", "adapters"),
+}
+PerpPreset = Literal["biases", "norms", "biases+norms", "head", "adapters", "published", "all"]
+
+
+def _expand_parts(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value not in PERP_PRESETS:
+        raise ValueError(f"'{value[:50]}' is none of {', '.join(PERP_PRESETS)}; give one of them, or a list of biases, norms, head, adapters")
+    return PERP_PRESETS[value]
+
+
+class Perp(Training):
+    """Train a small part of the parameters, and keep every zero (PERP; Zimmer et al., arXiv 2312.15230).
+
+    PERP's `lora`, which it never merges, is the recovery of that name.
+    """
+
+    name: Literal["perp"] = "perp"
+    train: Annotated[tuple[PerpPart, ...], BeforeValidator(_expand_parts, json_schema_input_type=PerpPreset | list[PerpPart])] = Field(
+        PERP_PRESETS["published"],
+        min_length=1,
+        description="What is trained: any of `biases` (where the model has them), `norms`, `head` (by an adapter; one that is tied to the embedding becomes a matrix of "
+        "its own) and `adapters` of all linears of the decoder blocks; or a preset. `published` is all but the head.",
+    )
+    adapter: Literal["mask_lora", "scale_lora", "lora_prune"] = Field(
+        "mask_lora",
+        description="Of a weight W, its mask M and matrices B and A of low rank: `mask_lora` trains W + s · BA ⊙ M, `scale_lora` W ⊙ BA; both merge exactly. `lora_prune` trains "
+        "W + s · BA and merges BA ⊙ M, so what the model computes jumps at the merge, and the report tells the loss before and after.",
+    )
+    rank: int | None = Field(
+        None, ge=1, le=4096, description="Rank of the adapters; null: the largest with which at most 0.35 % of all parameters are trained, and at least 1."
+    )
+    alpha: float | None = Field(None, gt=0, description="s is alpha / rank; null: s is 2.")
+    mode: Literal["retrain", "reconstruct"] = Field(
+        "retrain",
+        description="`retrain`: the whole model learns to predict the text. `reconstruct`: block by block, in the memory of one, learns to give what the dense block gives for "
+        "the same input, the output of the blocks before it; `steps` are then of each block, and nothing is held out.",
+    )
+    parts: Literal["block", "attention_ffn"] = Field(
+        "block", description="With `reconstruct`: whether a block is fitted as a whole, or its attention first and then its FFN, `steps` each."
+    )
+    samples: int = Field(128, ge=1, le=65536, description="With `reconstruct`: sequences of the text, which the steps go through again and again.")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="The highest, reached after the warm-up; few parameters bear a higher one than whole models.")
+
+    @property
+    def reconstructs(self) -> bool:
+        return self.mode == "reconstruct"
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        return (self.samples, 0) if self.reconstructs else super().windows
+
+    @model_validator(mode="after")
+    def _names_what_it_does(self) -> Perp:
+        if len(set(self.train)) < len(self.train):
+            raise ValueError("train names a part twice; give each once")
+        if self.parts != "block" and not self.reconstructs:
+            raise ValueError("parts are fitted one by one only in reconstruction; set mode to 'reconstruct', or leave parts out")
+        if self.reconstructs and set(self.train) == {"head"}:
+            raise ValueError("reconstruction fits blocks, and the head lies outside of them; train something else, or set mode to 'retrain'")
+        if self.reconstructs and self.distillation is not None:
+            raise ValueError("reconstruction learns from the dense model's blocks by itself; leave distillation out, or set mode to 'retrain'")
+        return self
+
+
+RecoveryConfig = Annotated[Full | LoRA | Perp, Field(discriminator="name")]
+RecoveryName = Literal["full", "lora", "perp"]
 
 # Whole settings by one name. Bonsai's: its README's command line, with KL a mean over tokens, and 5 of its 118 steps to warm up.
-RECOVERY_PRESETS: dict[str, Full | LoRA] = {
+RECOVERY_PRESETS: dict[str, Full | LoRA | Perp] = {
     "bonsai": LoRA(
         rank=128,
         alpha=512,
@@ -646,6 +726,11 @@ class Recipe(Strict):
         return UNIT_DENOMINATORS[self.method.units] if isinstance(self.method, Scored) else self.facts.denominator
 
     @property
+    def calibrates(self) -> bool:
+        """Whether anything is measured on the calibration text."""
+        return self.facts.calibrates or self.restoration is not None or not isinstance(self.allots, Uniform | Given)
+
+    @property
     def allots(self) -> AllocationConfig:
         """How layers share the sparsity: as asked, else as the method was published and the layout allows."""
         if self.allocation is not None:
@@ -664,6 +749,12 @@ class Recipe(Strict):
     def trains_on(self) -> str | None:
         """The text of the recovery; null where nothing is trained."""
         return None if self.recovery is None else self.recovery.source or self.calibration.source
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the recovery changes the head, which is then stored apart from the embedding."""
+        recovery = self.recovery
+        return (isinstance(recovery, LoRA) and recovery.head) or (isinstance(recovery, Perp) and "head" in recovery.train and not recovery.reconstructs)
 
     @model_validator(mode="after")
     def _method_can_do_it(self) -> Recipe:
@@ -720,11 +811,16 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _recovery_fits(self) -> Recipe:
-        if isinstance(self.recovery, LoRA) and not self.facts.structured:
-            raise ValueError(f"lora would fill the zeros that {self.method.name} sets; give recovery 'full', which trains what is left of the weights")
+        recovery = self.recovery
+        if isinstance(recovery, LoRA) and not self.facts.structured:
+            raise ValueError(f"lora would fill the zeros that {self.method.name} sets; give recovery 'perp', whose adapters are masked, or 'full'")
+        if isinstance(recovery, Perp) and recovery.reconstructs and isinstance(self.method, Depth):
+            raise ValueError("the blocks that depth keeps stay as they are, so there is nothing to reconstruct; set recovery.mode to 'retrain'")
         if self.evaluation is not None and self.trains_on == self.evaluation.source:
             raise ValueError(f"'{self.trains_on}' is what the result is evaluated on, so it can't be trained on; give recovery another source")
         bounded = isinstance(self.sparsity, Budget) and self.sparsity.max_perplexity_increase is None
-        if isinstance(self.recovery, LoRA) and self.recovery.head and bounded:
-            raise ValueError("a trained head is stored apart from the embedding, so the budget on size would not hold; set recovery.head to false")
+        if self.trains_head and bounded:
+            raise ValueError(
+                "a trained head is stored apart from the embedding, so the budget on size would not hold; set recovery.head to false, or leave head out of perp's train"
+            )
         return self

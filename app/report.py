@@ -109,16 +109,27 @@ class LoadCheck(Part):
     blocks: list[int] | None = Field(None, description="The blocks that were compared; null: all.")
 
 
+class BlockError(Part):
+    """How far a block, or one half of it, is from the dense one."""
+
+    index: int = Field(description="The block's place in the result, from 0.")
+    part: Literal["block", "attention", "ffn"] = Field(description="What was fitted.")
+    before: float = Field(description="Mean squared difference of its outputs from those of the dense one on the same inputs, pruned.")
+    after: float = Field(description="The same for what was kept: the pruned part where training made it no better.")
+
+
 class Recovered(Part):
     """What training brought back after pruning."""
 
     trained_parameters: int = Field(description="Parameters that were trained, adapters included; weights that a mask keeps at zero don't count.")
     trained_share: float = Field(description="Of all parameters of the model in training, adapters included, tied ones counted once.")
-    steps: int = Field(description="Steps of the optimizer.")
-    tokens: int = Field(description="Tokens trained on, each once.")
+    steps: int = Field(description="Steps of the optimizer; of each block, or half of it, in a reconstruction.")
+    tokens: int = Field(description="Tokens of the text that were trained on.")
     text: TextUsed = Field(description="What it was trained on, the held-out windows included.")
     held_out_loss_before: float | None = Field(description="Mean negative log-likelihood a token on the held-out windows before training; null without any.")
-    held_out_loss_after: float | None = Field(description="The same for what was kept.")
+    held_out_loss_after: float | None = Field(description="The same for what was kept, before adapters were merged.")
+    held_out_loss_merged: float | None = Field(None, description="The same after a merge that changes what the model computes; null where it does not.")
+    blocks: list[BlockError] | None = Field(None, description="What a reconstruction did to each block; null where the whole model was trained.")
     seconds: float = Field(description="Seconds of training, over all attempts.")
     peak_memory_bytes: int = Field(description="Highest anonymous resident memory of the engine process while it trained.")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from app.architecture import ARCHITECTURES, Architecture
 from app.exceptions import RecipeError
-from app.recipe import BUNDLED_TEXTS, Depth, Given, Pattern, Recipe, Structured
+from app.recipe import BUNDLED_TEXTS, Depth, Given, Pattern, Perp, Recipe, Structured
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -174,6 +174,8 @@ def _check_method(recipe: Recipe, source: Source, architecture: Architecture) ->
             "Leave recovery out.",
             "/recovery",
         )
+    if isinstance(recipe.recovery, Perp) and set(recipe.recovery.train) == {"biases"} and not architecture.has_biases(source.config):
+        raise refuse("no_biases", f"'{source.folder.name}' has no biases to train.", "Train its norms, or adapters too ('published').", "/recovery/train")
     layers = architecture.dimensions(source.config).layers
     if isinstance(recipe.allocation, Given) and len(recipe.allocation.sparsities) != layers:
         raise refuse(

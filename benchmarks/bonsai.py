@@ -25,6 +25,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from app.counting import count_parameters
 from app.recipe import Bonsai, Evaluation, Recipe
 from app.source import read_source
 from benchmarks.results import HERE, keep, stored
@@ -32,7 +33,7 @@ from espalier.demo import converted_model
 from worker.blocks import BlockStream
 from worker.checkpoint import finish
 from worker.data import leading_windows, random_windows, tokenize
-from worker.evaluation import count_parameters, perplexity
+from worker.evaluation import perplexity
 from worker.memory import PeakMemory
 from worker.pipeline import target_of
 from worker.pruners import PRUNERS, bonsai

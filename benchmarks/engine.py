@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.counting import count_parameters
 from app.recipe import Recipe
 from app.source import read_source
 from benchmarks.random_llama import Shape, write_random_llama
@@ -31,7 +32,7 @@ from espalier.demo import converted_model
 from worker.blocks import BlockStream
 from worker.checkpoint import finish
 from worker.data import leading_windows, random_windows, tokenize
-from worker.evaluation import count_parameters, perplexity, run_blocks
+from worker.evaluation import perplexity, run_blocks
 from worker.pipeline import target_of
 from worker.pruners import PRUNERS
 from worker.pruning import prune

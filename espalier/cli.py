@@ -62,6 +62,7 @@ def submit(
     layout: Annotated[Layout | None, typer.Option(help="One width for all layers, or a width per layer.")] = None,
     recipe: Annotated[str, typer.Option(help="Further fields of the recipe, as JSON.", metavar="JSON")] = "{}",
     wait_for_it: Annotated[bool, typer.Option("--wait", help="Wait for the result, as `espalier wait` does.")] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Submit nothing; check the recipe and tell what the job would cost.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Submit a job and print its id."""
@@ -69,13 +70,32 @@ def submit(
     if layout is not None:
         more["output"] = {**more.get("output", {}), "layout": layout.value}
     with Client() as client:
-        job = client.submit(model, more.pop("method", method), more.pop("sparsity", _sparsity(sparsity)), **more)
+        recipe_fields = {"method": more.pop("method", method), "sparsity": more.pop("sparsity", _sparsity(sparsity)), **more}
+        if estimate:
+            _print_estimate(client.estimate(model, **recipe_fields), as_json)
+            return
+        job = client.submit(model, **recipe_fields)
         if not wait_for_it:
             _print_json(job) if as_json else out.print(job["id"])
             return
         err.print(job["id"])
         job = _wait(client, job["id"], timeout=None, quiet=as_json)
     _finish(job, as_json)
+
+
+def _print_estimate(cost: dict[str, Any] | None, as_json: bool) -> None:
+    if as_json:
+        _print_json(cost)
+    elif cost is None:
+        out.print("The recipe is valid. What it costs is known once the worker has fetched the checkpoint.")
+    else:
+        table = Table("phase", Column("tokens through all blocks", justify="right"), box=None, pad_edge=False)
+        for phase, tokens in cost["phases"].items():
+            table.add_row(phase.replace("_", " "), f"{tokens:,}")
+        out.print(table)
+        if cost["rounds"]:
+            out.print(f"{cost['rounds']} rounds of at most {cost['sub_models'] // cost['rounds']} sub-models")
+        out.print(f"about {cost['seconds_on_two_cores']:,.0f} s on two CPU cores")
 
 
 @app.command(name="list")

@@ -191,6 +191,12 @@ class Client:
         job: Job = self._send("POST", "/v1/jobs", json={"model": model, "method": method, "sparsity": sparsity, **more}).json()
         return job
 
+    def estimate(self, model: str, method: str | dict[str, Any], sparsity: float | str | dict[str, Any], **more: Any) -> dict[str, Any] | None:
+        """What `submit` would refuse is refused, and nothing is submitted: what the job would cost, None where the service can't see the checkpoint."""
+        recipe = {"model": model, "method": method, "sparsity": sparsity, **more}
+        cost: dict[str, Any] | None = self._send("POST", "/v1/jobs", params={"validate_only": True}, json=recipe).json()["estimate"]
+        return cost
+
     def get(self, job_id: str) -> Job:
         job: Job = self._send("GET", _job_path(job_id)).json()
         return job

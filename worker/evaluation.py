@@ -1,4 +1,4 @@
-"""What a model costs and what it knows: parameters by every denominator, multiply-accumulates, perplexity by streamed blocks.
+"""What a model knows: logits and perplexity by streamed blocks.
 
 Notation: B windows, T tokens, D hidden size, V vocabulary.
 """
@@ -15,81 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from app.architecture import ARCHITECTURES
-from app.report import Parameters, Sparsities
-from app.source import Source
 from worker.blocks import BlockStream
 from worker.calibration import HiddenStates, embed_into, forward
 
 TOKENS_PER_HEAD = 256  # logits of about this many tokens are alive at once
-WITH_HEAD = 1.5  # what a perplexity takes, in passes through the blocks alone; of SmolLM2-135M on two cores
 LARGEST_EXPONENT = 709.0  # of which the exponential is a float
-
-
-@dataclass(frozen=True)
-class LinearZeros:
-    """Zeros among a block's linear weights."""
-
-    attention: int = 0
-    mlp: int = 0
-
-    @property
-    def all(self) -> int:
-        return self.attention + self.mlp
-
-
-def count_parameters(source: Source, zeros: list[LinearZeros]) -> Parameters:
-    """Counts from the headers alone; `zeros` has an entry a block. A tied head isn't stored, so it counts once; all experts count, their routers but in `all`."""
-    architecture, config = ARCHITECTURES[source.model_type], source.config
-    sizes = _sizes(source)
-    attention = ffn = channels = 0
-    for index in range(architecture.dimensions(config).layers):
-        prefix, mlps = architecture.block_prefix(index), architecture.mlps(config, index)
-        attention += sum(sizes[f"{prefix}{linear}.weight"] for linear in architecture.attention.linears)
-        ffn += sum(sizes[f"{prefix}{linear}.weight"] for mlp in mlps for linear in mlp.linears)
-        channels += sum(source.tensors[f"{prefix}{mlp.down}.weight"].shape[0 if architecture.transposed else 1] for mlp in mlps)
-    everything = sum(sizes.values())
-    return Parameters(
-        all=everything,
-        non_embedding=everything - sizes[architecture.embedding] - sizes.get(architecture.head, 0),
-        decoder=attention + ffn,
-        ffn=ffn,
-        ffn_channels=channels,
-        decoder_zeros=sum(block.all for block in zeros),
-        ffn_zeros=sum(block.mlp for block in zeros),
-    )
-
-
-def _sizes(source: Source) -> dict[str, int]:
-    return {name: math.prod(entry.shape) for name, entry in source.tensors.items()}
-
-
-def sparsities(before: Parameters, after: Parameters) -> Sparsities:
-    """Fraction of each denominator that was removed or, where all are still stored, that is zero."""
-
-    def gone(dense: int, stored: int, zeros: int) -> float:
-        return 1 - stored / dense if stored != dense else zeros / dense
-
-    return Sparsities(
-        ffn=gone(before.ffn, after.ffn, after.ffn_zeros),
-        decoder=gone(before.decoder, after.decoder, after.decoder_zeros),
-        non_embedding=gone(before.non_embedding, after.non_embedding, after.decoder_zeros),
-        all=gone(before.all, after.all, after.decoder_zeros),
-    )
-
-
-def macs_per_token(source: Source) -> int:
-    """Multiply-accumulates a token in the linear layers, the routers and the head, at an empty context; of a mixture's experts, those that a token is sent to."""
-    architecture, config = ARCHITECTURES[source.model_type], source.config
-    sizes = _sizes(source)
-    total = sizes.get(architecture.head, sizes[architecture.embedding])
-    total += sum(sizes.get(projection, 0) for projection in (architecture.project_in, architecture.project_out))
-    for index in range(architecture.dimensions(config).layers):
-        prefix, mlps, router = architecture.block_prefix(index), architecture.mlps(config, index), architecture.router(config, index)
-        total += sum(sizes[f"{prefix}{linear}.weight"] for linear in architecture.attention.linears)
-        ffn = sum(sizes[f"{prefix}{linear}.weight"] for mlp in mlps for linear in mlp.linears)
-        total += ffn if router is None else sizes[f"{prefix}{router}.weight"] + ffn * architecture.experts_per_token(config) // len(mlps)
-    return total
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from app.counting import count_parameters
+from app.estimate import bonsai_rounds
 from app.exceptions import RecipeError
 from app.recipe import Bonsai
-from worker.blocks import BlockStream
 from worker.checkpoint import WRITTEN_AS
 from worker.choosing import Choice, possible_groups
-from worker.evaluation import WITH_HEAD, Embedded, count_parameters, embed, perplexity
+from worker.evaluation import Embedded, embed, perplexity
 from worker.pruners import bonsai
 from worker.pruners.base import StructuredPruner
-from worker.pruners.bonsai import RELEASED_TOLERANCE, Fit
+from worker.pruners.bonsai import Fit
 from worker.slicing import slice_kept
 from worker.structured import Keep
 from worker.survey import survey
@@ -114,15 +115,6 @@ def choose_in_rounds(run: Pruning, pruner: StructuredPruner, method: Bonsai, tar
     return Choice(keeps), _notes(rounds, left)
 
 
-def costs_of_rounds(stream: BlockStream, method: Bonsai, target: float) -> list[float]:
-    """What a sub-model of each round costs, in passes through the blocks of the dense model: as much as the parameters that are left."""
-    whole, size = count_parameters(stream.source, []).non_embedding, stream.architecture.dimensions(stream.source.config)
-    head = size.vocab * size.embedding
-    tolerance = RELEASED_TOLERANCE if method.mode == "code" else 0
-    count = max(1, math.ceil((target - tolerance) / method.prune_fraction - 1e-9))
-    return [WITH_HEAD * (whole * (1 - min(target, number * method.prune_fraction)) + head) / (whole + head) for number in range(count)]
-
-
 def _open(run: Pruning, pruner: StructuredPruner, method: Bonsai, target: float) -> Rounds:
     architecture, config = run.stream.architecture, run.stream.source.config
     size = architecture.dimensions(config)
@@ -133,7 +125,7 @@ def _open(run: Pruning, pruner: StructuredPruner, method: Bonsai, target: float)
             modules.append(Module(index, "channels", width, _cost(run, index, Keep(channels=(torch.arange(width) > 0,)))))
         if method.units != "ffn":
             modules.append(Module(index, "groups", size.kv_heads, _cost(run, index, Keep(groups=torch.arange(size.kv_heads) > 0))))
-    rounds = Rounds(run, pruner, method, modules, target, count_parameters(run.stream.source, []).non_embedding, costs_of_rounds(run.stream, method, target))
+    rounds = Rounds(run, pruner, method, modules, target, count_parameters(run.stream.source, []).non_embedding, bonsai_rounds(run.recipe, run.stream.source))
     most = sum(module.cost * (module.units - (not rounds.released)) for module in modules) / rounds.whole
     if target > most:
         raise RecipeError(
@@ -224,7 +216,7 @@ def _round(rounds: Rounds, number: int, left: list[Tensor], goal: Goal) -> tuple
         return left, nothing
     modules = torch.arange(len(left)).repeat_interleave(torch.tensor([len(prior) for prior in priors]))
     costs = torch.tensor([module.cost for module in rounds.modules])[modules]
-    worth = torch.cat(bonsai.expected_worth(priors, [module.unit for module in rounds.modules], [module.cost for module in rounds.modules]))
+    worth = torch.cat(bonsai.expected_worth(priors, [module.cost for module in rounds.modules]))
 
     def choose(weights: Tensor) -> Tensor:
         return _chosen(rounds, goal, weights, candidates, modules, costs)

@@ -16,7 +16,6 @@ import errno
 import functools
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -35,20 +34,22 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from app.counting import LinearZeros, count_parameters, fraction_of, macs_per_token, sparsities
+from app.estimate import phase_costs
 from app.exceptions import EspalierError, RecipeError
-from app.recipe import Bonsai, Budget, Fraction, Given, LoRA, Pattern, Recipe, Uniform
+from app.recipe import Budget, Pattern, Perp, Recipe
 from app.report import LoadCheck, Measured, Parameters, Perplexity, Recovered, Report, TextUsed
 from app.source import Source, check_recipe, read_source
 from worker.blocks import BlockStream
 from worker.checkpoint import checkpoint_bytes, finish, model_card, write_padded
 from worker.data import leading_windows, random_windows, tokenize
-from worker.evaluation import LinearZeros, count_parameters, logits, macs_per_token, perplexity, sparsities
+from worker.evaluation import logits, perplexity
 from worker.memory import PeakMemory, map_large_allocations, return_freed_memory
-from worker.perturbing import costs_of_rounds
 from worker.pruners import PRUNERS
-from worker.pruners.base import MaskPruner, Target
+from worker.pruners.base import Target
 from worker.pruning import prune
 from worker.recovery.distillation import check_size, teach
+from worker.recovery.reconstruct import reconstruct
 from worker.recovery.retrain import retrain
 from worker.recovery.text import TrainingText, training_text
 from worker.state import WalkState, sha256_of
@@ -81,7 +82,7 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
             evaluated = _evaluation_windows(recipe, source, texts)
             training = _training_text(recipe, stream, texts, evaluated)
             target = None if isinstance(recipe.sparsity, Budget) else target_of(recipe, count_parameters(source, []))
-            progress.plan(_costs(recipe, stream, tokens, target))
+            progress.plan(phase_costs(recipe, source))
         state = WalkState.open(work, _state_fingerprint(recipe, fingerprint, tokens, evaluated, training, stream.device))
         resumed_at = state.finished or None
         if state.refused:
@@ -162,8 +163,7 @@ def weights_sha256(source: Source) -> str:
 
 
 def _calibration_tokens(recipe: Recipe, source: Source, texts: dict[str, Path]) -> tuple[Tensor | None, TextUsed | None]:
-    pruner = PRUNERS[recipe.method.name]
-    if isinstance(pruner, MaskPruner) and not pruner.statistics and recipe.restoration is None and isinstance(recipe.allots, Uniform | Given):
+    if not recipe.calibrates:
         return None, None
     text = tokenize(source.folder, recipe.calibration.source, texts)
     tokens = random_windows(text, recipe.calibration)
@@ -206,29 +206,8 @@ def _training_text(recipe: Recipe, stream: BlockStream, texts: dict[str, Path], 
 
 def target_of(recipe: Recipe, dense: Parameters) -> Target:
     """What a recipe's fraction or pattern asks of its method, in the method's own denominator."""
-    if isinstance(recipe.sparsity, Pattern):
-        return Target(fraction=1 - recipe.sparsity.n / recipe.sparsity.m, pattern=(recipe.sparsity.n, recipe.sparsity.m))
-    assert isinstance(recipe.sparsity, Fraction)
-    asked, of = recipe.sparsity.fraction, recipe.sparsity.of
-    attention = dense.decoder - dense.ffn
-    # Zeros among all linears and whole blocks take the same share of FFNs as of the rest.
-    ffn = {"ffn": dense.ffn, "experts": dense.ffn, "attention": 0}.get(recipe.denominator, dense.decoder)
-    removable = {"ffn": dense.ffn, "experts": dense.ffn, "attention": attention, "decoder": dense.decoder}.get(recipe.denominator, dense.non_embedding)
-    if of == "method":
-        return Target(fraction=asked)
-    whole = {"ffn": dense.ffn * removable / ffn if ffn else math.inf, "decoder": dense.decoder, "non_embedding": dense.non_embedding, "all": dense.all}[of]
-    if recipe.denominator == "blocks" and of == "decoder":
-        whole = dense.non_embedding
-    fraction = asked * whole / removable
-    if fraction >= 1:
-        hint = f"At most {asked / fraction:.1%} of '{of}' can go; ask for less." if fraction < math.inf else f"{recipe.method.name} doesn't touch it here."
-        raise RecipeError(
-            f"Removing {asked:.0%} of '{of}' needs more than all that {recipe.method.name} removes from in this model.",
-            code="target_unreachable",
-            hint=hint,
-            pointer="/sparsity",
-        )
-    return Target(fraction=fraction)
+    pattern = (recipe.sparsity.n, recipe.sparsity.m) if isinstance(recipe.sparsity, Pattern) else None
+    return Target(fraction_of(recipe, dense), pattern)
 
 
 def _state_fingerprint(
@@ -323,7 +302,10 @@ def _recover(
         with progress.phase("teach"):
             teacher = teach(stream, text.windows, config.distillation, [layer.index for layer in pruned.kept], state, progress.step)
     with progress.phase("recover"), PeakMemory() as memory:
-        found = retrain(config, out / "checkpoint", pruned, stream, text, teacher, state.work / "recovery", progress.train_step, memory_allowed)
+        if isinstance(config, Perp) and config.reconstructs:
+            found = reconstruct(config, out / "checkpoint", pruned, stream, text, state, progress.train_step)
+        else:
+            found = retrain(config, out / "checkpoint", pruned, stream, text, teacher, state.work / "recovery", progress.train_step, memory_allowed)
         return_freed_memory()
         if recipe.output.padded:
             write_padded(out / "checkpoint", out / "padded")
@@ -331,10 +313,12 @@ def _recover(
         trained_parameters=found.parameters,
         trained_share=found.share,
         steps=found.trained.steps,
-        tokens=found.trained.steps * config.batch * config.sequence_length,
+        tokens=found.tokens,
         text=text.used,
         held_out_loss_before=found.trained.before,
         held_out_loss_after=found.trained.best,
+        held_out_loss_merged=found.merged,
+        blocks=found.blocks,
         seconds=round(found.trained.seconds, 3),
         peak_memory_bytes=memory.bytes,
     )
@@ -436,24 +420,6 @@ class Progress:
         self.emit({"event": "progress", "phase": self.current, "done": done, "total": total, "fraction": round(self.reached, 4), **more})
 
 
-def _costs(recipe: Recipe, stream: BlockStream, tokens: Tensor | None, target: Target | None) -> dict[str, float]:
-    """What each phase costs, in tokens that pass all blocks; the constants are from SmolLM2-135M on two cores."""
-    passes: float = 1 if recipe.facts.structured and recipe.restoration is None else 3
-    if isinstance(recipe.method, Bonsai) and target is not None:
-        passes += sum((recipe.method.masks + 1) * cost for cost in costs_of_rounds(stream, recipe.method, target.fraction))
-    costs = {"prune": (0 if tokens is None else tokens.numel() * passes) + 1000.0, "write": 300.0, "verify": 3000.0}
-    if recipe.evaluation is not None:
-        evaluated = recipe.evaluation.windows * recipe.evaluation.sequence_length * 1.5 + (5000.0 if recipe.evaluation.speed else 0.0)
-        costs |= {"evaluate_dense": evaluated, "evaluate": evaluated}
-    if recipe.recovery is not None:
-        trained = recipe.recovery.total_steps * recipe.recovery.batch * recipe.recovery.sequence_length
-        costs["recover"] = trained * (4.0 if recipe.recovery.gradient_checkpointing else 3.0) + 2000.0
-        costs["teach"] = trained * 1.2 if recipe.recovery.distillation is not None else 0.0
-        if recipe.evaluation is not None:
-            costs["evaluate_pruned"] = recipe.evaluation.windows * recipe.evaluation.sequence_length * 1.5
-    return costs
-
-
 def _scratch(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -484,7 +450,9 @@ def _recovery_notes(recipe: Recipe, recovered: Recovered | None) -> list[str]:
         notes.append(f"Training ended after {recovered.steps} of {config.total_steps} steps, since the held-out loss fell no more.")
     if recovered.held_out_loss_before is not None and recovered.held_out_loss_before == recovered.held_out_loss_after:
         notes.append("No step of the training lowered the held-out loss, so the pruned model stayed as it was; try a lower learning rate.")
-    if isinstance(config, LoRA) and config.head:
+    if recovered.held_out_loss_merged is not None:
+        notes.append(f"Merging under the masks took the held-out loss from {recovered.held_out_loss_after:.4f} to {recovered.held_out_loss_merged:.4f}.")
+    if recipe.trains_head:
         notes.append("The head was trained and is stored apart from the embedding, whether it was tied to it or not.")
     return notes
 

@@ -6,11 +6,11 @@ A survey of the dense model comes first where the method or the allocation needs
 
 from __future__ import annotations
 
+from app.counting import LinearZeros
 from app.recipe import Bonsai
 from app.report import LayerReport
 from worker import budget, survey
 from worker.choosing import choose
-from worker.evaluation import LinearZeros
 from worker.masking import mask_blocks
 from worker.perturbing import choose_in_rounds
 from worker.pruners.base import MaskPruner, Pruner, Target

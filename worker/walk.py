@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.counting import LinearZeros
 from app.exceptions import RecipeError
 from app.recipe import Recipe
 from app.report import LayerReport
 from worker.blocks import BlockStream
 from worker.calibration import HiddenStates, embed_into
 from worker.checkpoint import shard_name, write_shard
-from worker.evaluation import LinearZeros
 from worker.state import WalkState
 
 Edit = Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None]  # a block's number and tensors -> what is left of them; None: the block is dropped

@@ -18,7 +18,7 @@ from app.files import File, not_modified, serve
 from app.jobs import repository, service
 from app.jobs.archive import checkpoint_tar
 from app.jobs.repository import JobFilter
-from app.jobs.schemas import ArtifactFile, Event, EventPage, Job, JobPage, Manifest, State, Submission
+from app.jobs.schemas import ArtifactFile, Event, EventPage, Job, JobPage, Manifest, State, Submission, Validation
 from app.models import FINISHED
 from app.problems import declared
 from app.recipe import MethodName
@@ -69,9 +69,27 @@ def _file_responses(media_type: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
-@router.post("", status_code=202, responses={202: {"headers": {"Location": LOCATION, "Retry-After": RETRY_AFTER}}, **declared(400, 413, 415)})
-def submit_job(recipe: Submission, caller: JobWriter, database: OpenDatabase, settings: Configuration, response: Response) -> Job:
+@router.post(
+    "",
+    status_code=202,
+    responses={
+        200: {"model": Validation, "description": "With `validate_only`: the job was not submitted."},
+        202: {"headers": {"Location": LOCATION, "Retry-After": RETRY_AFTER}},
+        **declared(400, 413, 415),
+    },
+)
+def submit_job(
+    recipe: Submission,
+    caller: JobWriter,
+    database: OpenDatabase,
+    settings: Configuration,
+    response: Response,
+    validate_only: Annotated[bool, Query(description="Only check the recipe, and tell what the job would cost.")] = False,
+) -> Job | Validation:
     """Submit a pruning job. `model`, `method` and `sparsity` suffice; everything else has a default."""
+    if validate_only:
+        response.status_code = 200
+        return service.validate(recipe, settings)
     service.check_submission(recipe, settings)
     with database.writing() as session:
         job = service.submit(session, caller.tenant_id, recipe)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from app import models
+from app.estimate import Estimate
 from app.models import FINISHED
 from app.recipe import MethodName, Recipe
 
@@ -27,6 +28,13 @@ class Submission(Recipe):
         description="A hub id, or the path of a local checkpoint below a root that the operator allows.",
         examples=["HuggingFaceTB/SmolLM2-135M"],
     )
+
+
+class Validation(Out):
+    """What is known of a job before it is submitted."""
+
+    recipe: Recipe = Field(description="As it would be run, with all defaults.")
+    estimate: Estimate | None = Field(description="What it would cost; null where the checkpoint lies on the hub, whose headers are read when the job runs.")
 
 
 class Progress(Out):

@@ -10,24 +10,33 @@ from datetime import datetime
 
 from sqlalchemy.orm import Session
 
+from app.counting import count_parameters, fraction_of
+from app.estimate import estimate
 from app.exceptions import ConflictError, CursorError, NotFoundError, RecipeError
 from app.jobs import repository
 from app.jobs.repository import JobFilter
-from app.jobs.schemas import Submission
+from app.jobs.schemas import Submission, Validation
 from app.models import FINISHED, Artifact, Job
-from app.recipe import MODEL_ID, Recipe
+from app.recipe import MODEL_ID, Budget, Recipe
 from app.settings import Settings
-from app.source import check_recipe, find_local, find_text, read_source
+from app.source import Source, check_recipe, find_local, find_text, read_source
 
 
-def check_submission(recipe: Submission, settings: Settings) -> None:
-    """Refuse what can never run, as far as it can be seen from here: model and text outside the allowed roots, a checkpoint that can't be pruned."""
+def check_submission(recipe: Submission, settings: Settings) -> Source | None:
+    """Refuse what can never run, as far as it can be seen from here: model and text outside the allowed roots, a checkpoint that can't be pruned.
+
+    -> the checkpoint, where it lies here.
+    """
     for pointer, name in recipe.texts.items():
         find_text(name, settings.text_roots, pointer)
     folder = find_local(recipe.model, settings.model_roots)
     if folder is not None:
         if folder.is_dir() or any(root.is_dir() for root in settings.model_roots):  # else the roots are only on the workers
-            check_recipe(recipe, read_source(folder))
+            source = read_source(folder)
+            check_recipe(recipe, source)
+            if not isinstance(recipe.sparsity, Budget):
+                fraction_of(recipe, count_parameters(source, []))
+            return source
     elif not MODEL_ID.fullmatch(recipe.model):
         raise RecipeError(
             f"'{recipe.model[:100]}' is neither a hub id nor a folder below an allowed root.",
@@ -42,6 +51,13 @@ def check_submission(recipe: Submission, settings: Settings) -> None:
             hint="Name a folder below an allowed root.",
             pointer="/model",
         )
+    return None
+
+
+def validate(recipe: Submission, settings: Settings) -> Validation:
+    """Every check of a submission, and what the job would cost."""
+    source = check_submission(recipe, settings)
+    return Validation(recipe=recipe, estimate=None if source is None else estimate(recipe, source))
 
 
 def submit(session: Session, tenant_id: str, recipe: Recipe) -> Job:

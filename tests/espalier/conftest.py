@@ -109,7 +109,8 @@ def running_service(home: Path, **settings: Any) -> Iterator[Service]:
 
 @pytest.fixture(scope="session")
 def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with running_service(tmp_path_factory.mktemp("service")) as service:
+    home = tmp_path_factory.mktemp("service")
+    with running_service(home, model_roots=(home / "models",)) as service:
         yield service
 
 

@@ -18,6 +18,7 @@ from app.recipe import Recipe
 from app.report import LayerReport, LoadCheck, Measured, Parameters, Perplexity, Report, Sparsities, Speed, TextUsed
 from espalier import cli
 from tests.espalier.conftest import MODEL, Service
+from tests.models import make_checkpoint
 
 FILES = {"checkpoint/config.json": b"{}", "checkpoint/model.safetensors": b"weights", "report.json": b"{}"}
 
@@ -199,6 +200,17 @@ def test_download(espalier: Command, service: Service, tmp_path: Path) -> None:
     assert damaged.code == 1
     assert "checkpoint/model.safetensors" in damaged.err
     assert "sha256" in damaged.err
+
+
+def test_an_estimate_submits_nothing(espalier: Command, service: Service) -> None:
+    make_checkpoint(service.home / "models" / "estimated", "llama")
+    asked = ("submit", "estimated", "--method", "bonsai", "--sparsity", "0.1", "--estimate")
+    told = espalier(*asked)
+    assert "2 rounds of at most 100 sub-models" in told.out
+    assert espalier(*asked, "--json").json["sub_models"] == 200
+    assert "once the worker has fetched" in espalier("submit", MODEL, "--estimate").out
+    assert espalier("list", "--json").json == []
+    assert espalier("submit", "estimated", "--sparsity", "1.5", "--estimate").code == 2
 
 
 def test_methods(espalier: Command) -> None:

@@ -49,11 +49,10 @@ def test_priors_of_a_linears_inputs(kind: str, expected: list[float]) -> None:
     assert score(weight, inputs, kind).tolist() == (pytest.approx(expected) if kind == "activation" else [0, 0, 0])
 
 
-def test_expected_worth_is_parameters_times_the_prior_by_its_kinds_mean() -> None:
+def test_expected_worth_is_parameters_times_the_prior_by_its_module_s_mean() -> None:
     priors = [torch.tensor([1.0, 3.0]), torch.tensor([200.0, 400.0]), torch.zeros(2), torch.zeros(0), torch.tensor([5.0, 0.0])]
-    kinds = ["channels", "groups", "groups", "groups", "channels"]
-    found = bonsai.expected_worth(priors, kinds, [3, 100, 100, 100, 3])
-    expected = [[1.0, 3.0], [200 / 3, 400 / 3], [100.0, 100.0], [], [5.0, 0.0]]
+    found = bonsai.expected_worth(priors, [3, 100, 100, 100, 3])
+    expected = [[1.5, 4.5], [200 / 3, 400 / 3], [100.0, 100.0], [], [6.0, 0.0]]
     assert [worth.tolist() for worth in found] == [pytest.approx(values) for values in expected]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import espalier.loader  # noqa: F401  makes from_pretrained build per-layer widths
 from app.architecture import ARCHITECTURES
+from app.counting import count_parameters, macs_per_token, sparsities
 from app.exceptions import RecipeError
 from app.recipe import METHODS, MODEL_TYPES, Budget, Evaluation, Fraction, Recipe, Structured
 from app.source import Source, check_recipe, read_source
@@ -26,7 +27,7 @@ from worker.blocks import BlockStream
 from worker.calibration import forward, measuring
 from worker.checkpoint import checkpoint_bytes, finish, read_masks, write_padded
 from worker.data import leading_windows, random_windows, tokenize
-from worker.evaluation import count_parameters, logits, macs_per_token, perplexity, sparsities
+from worker.evaluation import logits, perplexity
 from worker.pipeline import target_of
 from worker.pruners import PRUNERS, cfsp, wanda
 from worker.pruners.base import Target

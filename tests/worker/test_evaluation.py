@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from app.architecture import ARCHITECTURES
+from app.counting import LinearZeros, count_parameters, macs_per_token
 from app.source import read_source
 from tests.models import load_model, make_checkpoint
-from worker.evaluation import LinearZeros, count_parameters, macs_per_token
 
 MORE: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"mlp_only_layers": [1], "moe_intermediate_size": 20},

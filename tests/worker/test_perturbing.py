@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import espalier.loader  # noqa: F401  makes from_pretrained build per-layer widths
+from app.counting import count_parameters, sparsities
 from app.exceptions import RecipeError
 from app.recipe import Recipe
 from app.report import LayerReport
@@ -24,7 +25,7 @@ from worker.blocks import BlockStream
 from worker.checkpoint import finish
 from worker.choosing import Choice
 from worker.data import random_windows, tokenize
-from worker.evaluation import count_parameters, embed, perplexity, run_blocks, sparsities
+from worker.evaluation import embed, perplexity, run_blocks
 from worker.perturbing import choose_in_rounds
 from worker.pipeline import target_of
 from worker.pruners import bonsai

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from app.counting import count_parameters
 from app.exceptions import EspalierError, RecipeError
 from app.recipe import Full, LoRA, Recipe
 from app.source import Source, check_recipe, read_source
@@ -20,7 +21,6 @@ from tests.models import load_model, make_checkpoint, make_text
 from worker.blocks import BlockStream
 from worker.checkpoint import finish, read_masks
 from worker.data import TokenizedText, random_windows, tokenize
-from worker.evaluation import count_parameters
 from worker.pipeline import target_of
 from worker.pruners import PRUNERS
 from worker.pruning import prune

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from app.estimate import RELEASED_TOLERANCE
 from app.recipe import Bonsai
 from worker.calibration import InputStatistics, Statistic
 from worker.masks import keep_largest
@@ -44,7 +45,6 @@ L1_STRENGTHS = (1e2, 1e-4, 0.0)
 BATCH_SIZES = (32, 64, 128)
 EPOCHS, PATIENCE = 50, 10
 PLATEAU_PATIENCE, LEAST_RATE = 3, 1e-5
-RELEASED_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,14 @@ def score(weight: Tensor, inputs: InputStatistics, kind: str) -> Tensor:
     return values if values.isfinite().all() else torch.zeros_like(values)
 
 
-def expected_worth(priors: Sequence[Tensor], kinds: Sequence[str], costs: Sequence[int]) -> list[Tensor]:
-    """Priors (n,) of modules, made comparable across kinds of units: parameters times the prior by its kind's mean. All float64.
+def expected_worth(priors: Sequence[Tensor], costs: Sequence[int]) -> list[Tensor]:
+    """Priors (n,) of modules, made comparable: parameters times the prior by its module's mean. All float64.
 
-    A module without any prior counts as an average one.
+    Priors as they are can't be compared between blocks: where hidden states are small, all units would seem worthless, and the first blocks would go.
+    What whole modules are worth is left to the sub-models to tell. A module without any prior has units of equal worth.
     """
-    means = {}
-    for kind in set(kinds):
-        values = torch.cat([own.double() for own, of in zip(priors, kinds, strict=True) if of == kind])
-        means[kind] = values.sum() / values.count_nonzero().clamp_min(1)
     return [
-        cost * (own.double() / means[kind] if own.any() else torch.ones_like(own, dtype=torch.float64))
-        for own, kind, cost in zip(priors, kinds, costs, strict=True)
+        cost * (own.double() / own.double().mean() if own.any() else torch.ones_like(own, dtype=torch.float64)) for own, cost in zip(priors, costs, strict=True)
     ]
 
 

@@ -40,6 +40,8 @@ class Adapted:
     parameters: dict[str, nn.Parameter]
     merge: Callable[[], None]  # in the end: puts what was trained into the model's own parameters, in float32, so that it computes the same without additions
     frozen: int = 0  # weights among the parameters that a mask keeps at zero
+    jumps: bool = False  # whether the merge changes what the model computes
+    notes: tuple[str, ...] = ()  # what the config asks for and the model has not, in sentences
 
     @property
     def count(self) -> int:

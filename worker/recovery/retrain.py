@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from app.architecture import ARCHITECTURES
+from app.counting import LinearZeros
 from app.exceptions import EspalierError, RecipeError
 from app.recipe import RecoveryConfig, Training
+from app.report import BlockError
 from app.source import Source, read_source
 from worker.allocation import angular
 from worker.blocks import BlockStream
 from worker.calibration import HiddenStates, embed_into, forward
 from worker.checkpoint import read_masks, replace_weights
-from worker.evaluation import LinearZeros
 from worker.memory import anonymous_bytes, available_bytes
 from worker.recovery import RECOVERIES
 from worker.recovery.base import Student
@@ -45,7 +46,10 @@ class Retrained:
     trained: Trained
     parameters: int  # that were trained
     share: float  # of all parameters in training
+    tokens: int
     pruned: Pruned  # with the zeros as they are now
+    merged: float | None = None  # held-out loss after a merge that changes what the model computes
+    blocks: list[BlockError] | None = None  # of a reconstruction
 
 
 def retrain(
@@ -86,7 +90,10 @@ def retrain(
         )
     share = adapted.count / sum(parameter.numel() for parameter in model.parameters())
     adapted.merge()
-    return Retrained(trained, adapted.count, share, write_back(student, pruned))
+    merged = None if text.held_out is None or not adapted.jumps else _mean_loss(model, text.held_out.split(config.micro_batch))
+    written = write_back(student, pruned)
+    tokens = trained.steps * config.batch * config.sequence_length
+    return Retrained(trained, adapted.count, share, tokens, replace(written, notes=[*written.notes, *adapted.notes]), merged)
 
 
 # --------------------------------------------------------------------- the model
@@ -147,6 +154,15 @@ def _logits(model: Any, windows: Tensor) -> Tensor:
     return logits
 
 
+@torch.no_grad()
+def _mean_loss(model: Any, parts: Sequence[Tensor]) -> float:
+    """Of windows of one length, (b, T) each, as the training measures it."""
+    device = model.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        total = sum(float(next_token_loss(_logits(model, part.to(device)), part.to(device))) * len(part) for part in parts)
+    return total / sum(map(len, parts))
+
+
 def training_loss(student: Student, config: Training, teacher: Teacher | None, windows: Tensor, first: int) -> Tensor:
     blocks = student.model.get_submodule(student.architecture.blocks)
     with outputs_of(blocks) as outputs:
@@ -165,11 +181,21 @@ def write_back(student: Student, pruned: Pruned) -> Pruned:
     head, embedding = student.model.get_output_embeddings().weight, student.model.get_input_embeddings().weight
     weights = {name: parameter.detach() for name, parameter in student.model.named_parameters()}
     weights[student.architecture.head] = head.detach()  # which transformers may call otherwise than it is stored
-    lost = [name for name, mask in student.masks.items() if bool(weights[name][~mask].count_nonzero())]
+    require_zeros(weights, student.masks)
+    replace_weights(student.source, weights, tied=head is embedding)
+    return recounted(student.source.folder, pruned)
+
+
+def require_zeros(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Raise EspalierError where a weight is not zero and its mask demands it."""
+    lost = [name for name, mask in masks.items() if bool(weights[name][~mask].count_nonzero())]
     if lost:
         raise EspalierError(f"Training filled zeros of {', '.join(lost)}.", code="zeros_lost", hint="This is a fault of Espalier; please report it.")
-    replace_weights(student.source, weights, tied=head is embedding)
-    counted = _count_zeros(read_source(student.source.folder))
+
+
+def recounted(folder: Path, pruned: Pruned) -> Pruned:
+    """What was told of a pruned checkpoint, with the zeros that the one in `folder` has."""
+    counted = _count_zeros(read_source(folder))
     zeros = dict(zip((layer.index for layer in pruned.kept), counted, strict=True))
     layers = [layer if layer.dropped else layer.model_copy(update={"zeros": zeros[layer.index].all}) for layer in pruned.layers]
     return replace(pruned, layers=layers, zeros_after=[zeros.get(layer.index, LinearZeros()) for layer in layers])

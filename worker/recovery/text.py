@@ -15,14 +15,14 @@ from worker.data import TokenizedText
 
 @dataclass(frozen=True)
 class TrainingText:
-    windows: Tensor  # (B, T) token ids, in the order of the training; B is steps · batch
+    windows: Tensor  # (B, T) token ids, in the order of the training; B is steps · batch, or the samples of a reconstruction
     held_out: Tensor | None  # (b, T), of which no token is in a window
     used: TextUsed
 
 
 def training_text(text: TokenizedText, config: Training) -> TrainingText:
     """Windows at random offsets before the end of the text, and the windows at its end that are held out. Raises RecipeError where the text is too short."""
-    length, held_out = config.sequence_length, config.held_out or 0
+    length, (count, held_out) = config.sequence_length, config.windows
     before = len(text.tokens) - held_out * length
     if before < length + 1:
         raise RecipeError(
@@ -32,7 +32,6 @@ def training_text(text: TokenizedText, config: Training) -> TrainingText:
             pointer="/recovery/sequence_length",
         )
     generator = torch.Generator().manual_seed(config.seed)
-    count = config.total_steps * config.batch
     offsets = torch.randint(0, before - length, (count,), generator=generator)
     windows = torch.stack([text.tokens[offset : offset + length] for offset in offsets.tolist()])
     rest = text.tokens[before:].view(held_out, length) if held_out else None

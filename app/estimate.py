@@ -1,0 +1,91 @@
+"""What a job will cost, told from its recipe and the checkpoint's headers before anything is computed.
+
+The unit is a token that passes all decoder blocks of the dense model; the constants are from SmolLM2-135M on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.architecture import ARCHITECTURES
+from app.counting import count_parameters, fraction_of, macs_per_token
+from app.recipe import Bonsai, Budget, Perp, Recipe
+from app.source import Source
+
+WITH_HEAD = 1.5  # what a perplexity takes, in passes through the blocks alone
+RELEASED_TOLERANCE = 0.02  # as near to the target as Bonsai's released code goes
+MACS_PER_SECOND = 50e9  # of two CPU cores, in float32
+
+
+class Estimate(BaseModel):
+    """What a job will cost."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    forward_tokens: int = Field(description="Tokens that pass all decoder blocks of the dense model, or cost as much, by phases in sum.", examples=[52000])
+    phases: dict[str, int] = Field(description="The same, phase by phase.", examples=[{"prune": 17384, "evaluate": 18432}])
+    rounds: int | None = Field(description="Rounds, of a method that prunes in rounds.", examples=[4])
+    sub_models: int | None = Field(description="Sub-models that its rounds evaluate at most.", examples=[400])
+    multiply_accumulates: int = Field(description="Of all phases.", examples=[5_500_000_000_000])
+    seconds_on_two_cores: float = Field(description="About what two CPU cores take; a GPU takes far less.", examples=[110.0])
+    source_bytes: int = Field(description="Weight files of the dense model.", examples=[269_060_552])
+
+
+def estimate(recipe: Recipe, source: Source) -> Estimate:
+    """Raises RecipeError for a target that is more than there is."""
+    phases = {phase: round(cost) for phase, cost in phase_costs(recipe, source).items() if cost}
+    rounds = bonsai_rounds(recipe, source)
+    macs = sum(phases.values()) * _block_macs(source)
+    return Estimate(
+        forward_tokens=sum(phases.values()),
+        phases=phases,
+        rounds=len(rounds) or None,
+        sub_models=len(rounds) * recipe.method.masks if isinstance(recipe.method, Bonsai) and rounds else None,
+        multiply_accumulates=macs,
+        seconds_on_two_cores=round(macs / MACS_PER_SECOND, 1),
+        source_bytes=source.weight_bytes,
+    )
+
+
+def phase_costs(recipe: Recipe, source: Source) -> dict[str, float]:
+    """The cost of each phase."""
+    tokens = recipe.calibration.samples * recipe.calibration.sequence_length if recipe.calibrates else 0
+    passes: float = 1 if recipe.facts.structured and recipe.restoration is None else 3
+    if isinstance(recipe.method, Bonsai):
+        passes += sum((recipe.method.masks + 1) * cost for cost in bonsai_rounds(recipe, source))
+    costs = {"prune": tokens * passes + 1000.0, "write": 300.0, "verify": 3000.0}
+    if recipe.evaluation is not None:
+        evaluated = recipe.evaluation.windows * recipe.evaluation.sequence_length * WITH_HEAD + (5000.0 if recipe.evaluation.speed else 0.0)
+        costs |= {"evaluate_dense": evaluated, "evaluate": evaluated}
+    if recipe.recovery is not None:
+        trained = recipe.recovery.total_steps * recipe.recovery.batch * recipe.recovery.sequence_length
+        costs["recover"] = trained * (4.0 if recipe.recovery.gradient_checkpointing else 3.0) + 2000.0
+        if isinstance(recipe.recovery, Perp) and recipe.recovery.reconstructs:
+            passed = 3 * trained + 5 * recipe.recovery.samples * recipe.recovery.sequence_length  # targets, errors before and after, the next block's inputs
+            costs["recover"] = passed * (1 if recipe.recovery.parts == "block" else 2)
+        costs["teach"] = trained * 1.2 if recipe.recovery.distillation is not None else 0.0
+        if recipe.evaluation is not None:
+            costs["evaluate_pruned"] = recipe.evaluation.windows * recipe.evaluation.sequence_length * WITH_HEAD
+    return costs
+
+
+def bonsai_rounds(recipe: Recipe, source: Source) -> list[float]:
+    """What a sub-model of each of Bonsai's rounds costs a token: as much as the parameters that are left, and the head. Empty for other methods."""
+    method = recipe.method
+    if not isinstance(method, Bonsai) or isinstance(recipe.sparsity, Budget):
+        return []
+    dense = count_parameters(source, [])
+    target, whole = fraction_of(recipe, dense), dense.non_embedding
+    size = ARCHITECTURES[source.model_type].dimensions(source.config)
+    head = size.vocab * size.embedding
+    tolerance = RELEASED_TOLERANCE if method.mode == "code" else 0
+    count = max(1, math.ceil((target - tolerance) / method.prune_fraction - 1e-9))
+    return [WITH_HEAD * (whole * (1 - min(target, number * method.prune_fraction)) + head) / (whole + head) for number in range(count)]
+
+
+def _block_macs(source: Source) -> int:
+    """Multiply-accumulates a token in all blocks, without the head."""
+    size = ARCHITECTURES[source.model_type].dimensions(source.config)
+    return macs_per_token(source) - size.vocab * size.embedding

@@ -157,7 +157,8 @@ def _goal(rounds: Rounds, left: Sequence[Tensor]) -> Goal | None:
     if rounds.alike:
         kept = _kept_alike(rounds, number + 1)
         removable = [count - kept[module.unit] for module, count in zip(rounds.modules, counts, strict=True)]
-        return Goal(removable, sum(module.cost * units for module, units in zip(rounds.modules, removable, strict=True)), 0.0)
+        budget = sum(module.cost * units for module, units in zip(rounds.modules, removable, strict=True))
+        return Goal(removable, budget, budget / (rounds.whole - removed))
     if rounds.released:
         fraction = bonsai.round_fraction(rounds.target, removed / rounds.whole, method.prune_fraction)
         stuck = bool(records) and not records[-1]["facts"]["removed"]
@@ -340,15 +341,22 @@ def _fit(rounds: Rounds, number: int, masks: Tensor, perplexities: Tensor, worth
     """What each candidate is worth, (M, C) bool, (M,), (C,), (C,), (C,) -> (C,): one model for all modules or one for each, as the recipe says."""
     utility, generator = bonsai.utility(perplexities, rounds.released), _generator(rounds, number, 2)
     if rounds.method.scope == "global":
-        return bonsai.fit_released(masks, utility, generator) if rounds.released else bonsai.fit(masks, utility, worth, modules)
+        return bonsai.fit_released(masks, utility, generator) if rounds.released else bonsai.fit(masks, utility, worth, modules, _kinds(rounds)[modules])
     fits = []
     for module in modules.unique():
         own = modules == module
         if rounds.released:
             fits.append(bonsai.fit_released(masks[:, own], utility, generator, prior[own]))
         else:
-            fits.append(bonsai.fit(masks[:, own], utility, worth[own], torch.zeros_like(modules[own])))
+            alone = torch.zeros_like(modules[own])
+            fits.append(bonsai.fit(masks[:, own], utility, worth[own], alone, alone))
     return Fit(torch.cat([fit.weights for fit in fits]), sum(fit.tau for fit in fits) / len(fits))
+
+
+def _kinds(rounds: Rounds) -> Tensor:
+    """0 for each module of FFN channels, 1 for one of KV groups; 0 for all where there is one kind."""
+    first = rounds.modules[0].unit
+    return torch.tensor([module.unit != first for module in rounds.modules]).long()
 
 
 def _generator(rounds: Rounds, number: int, purpose: int) -> torch.Generator:

@@ -152,17 +152,18 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
             candidate[order[:fixed]] = False
             candidates.append(candidate & (len(prior) > 1) & (cost <= budget))
         generator = torch.Generator().manual_seed(number * 3 + 1)
-        masks = bonsai.draw_masks([bonsai.sampling(*each) for each in zip(priors, candidates, strict=True)], candidates, 0.0, 6, generator)
+        masks = bonsai.draw_masks(
+            [bonsai.sampling(*each) for each in zip(priors, candidates, strict=True)], candidates, budget / (whole - removed), 6, generator
+        )
         perplexities = []
         for place, mask in enumerate(masks):
             sub_model = narrowed(left, mask)
-            perplexities.append(perplexity_with(model, tokens, sub_model))
-            assert run.state.figure(f"round {number}, mask {place}", list)[0] == pytest.approx(perplexities[-1], rel=1e-4)
+            perplexities.append(run.state.figure(f"round {number}, mask {place}", list)[0])
+            assert perplexities[-1] == pytest.approx(perplexity_with(model, tokens, sub_model), rel=1e-4)
         chosen = torch.cat(candidates)
         modules = torch.cat([torch.full((len(prior),), place) for place, prior in enumerate(priors)])[chosen]
-        means = [torch.cat(priors[kind::2]).mean() for kind in (0, 1)]
-        worth = torch.cat([cost * prior / means[place % 2] for place, (prior, cost) in enumerate(zip(priors, costs, strict=True))])[chosen]
-        weights = bonsai.fit(masks[:, chosen], -torch.tensor(perplexities, dtype=torch.float64).log(), worth, modules).weights
+        worth = torch.cat([cost * prior / prior.mean() for prior, cost in zip(priors, costs, strict=True)])[chosen]
+        weights = bonsai.fit(masks[:, chosen], -torch.tensor(perplexities, dtype=torch.float64).log(), worth, modules, modules % 2).weights
         kept = torch.ones_like(chosen)
         kept[chosen] = ~bonsai.select(weights, torch.tensor(costs)[modules], modules, [len(prior) - 1 for prior in priors], budget)
         before, left = left, narrowed(left, kept)
@@ -171,7 +172,7 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
         if rest >= 3 * HIDDEN:
             assert rest < costs[1]
             places = [
-                (float(prior[unit]), module, unit)
+                (float(prior[unit] / prior.mean()), module, unit)
                 for module, prior in enumerate(priors)
                 for unit in range(len(prior))
                 if not module % 2 and not candidates[module][unit]

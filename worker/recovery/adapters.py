@@ -28,7 +28,9 @@ class MaskLoRA(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         product = _product(self.down, self.up, self.transposed)
-        return torch.add(weight, product if self.mask is None else product * self.mask, alpha=self.scale)
+        if self.mask is not None:
+            product = torch.where(self.mask, product, 0.0)  # unlike a product with it, leaves no float mask for the backward pass
+        return torch.add(weight, product, alpha=self.scale)
 
 
 class ScaleLoRA(nn.Module):

@@ -6,6 +6,7 @@ that was kept and is zero may change); the head by plain LoRA, since it has no z
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,12 +97,11 @@ def make_ready(model: Any, modules: Modules, masks: Mapping[str, Tensor], config
     norms = [named[f"{name}.{kind}"] for name in modules.norms for kind in ("weight", "bias") if "norms" in config.train and f"{name}.{kind}" in named]
     scale = SCALE if config.alpha is None else config.alpha / rank
     linears = modules.linears if "adapters" in config.train else []
+    dense = [*head, *(linears if config.adapter == "lora_prune" else [])]
     merges = []
-    if head:
-        merges.append(_add_lora(model, head, {}, rank, scale, transposed=False))
-    if linears and config.adapter == "lora_prune":
-        merges.append(_add_lora(model, linears, masks, rank, scale, transposed=transposed))
-    elif linears:
+    if dense:  # first, since peft lets nothing else take gradients
+        merges.append(_add_lora(model, dense, masks, rank, scale, transposed=transposed))
+    if linears and config.adapter != "lora_prune":
         merges.append(_add_masked(model, linears, masks, config, rank, scale, transposed=transposed))
     for parameter in (*biases, *norms):
         parameter.requires_grad_(True)
@@ -142,7 +142,9 @@ def _add_lora(model: Any, linears: Sequence[str], masks: Mapping[str, Tensor], r
 
     # peft states whole numbers for alpha, and multiplies by what it is given.
     config = LoraConfig(r=rank, lora_alpha=scale * rank, lora_dropout=0.0, target_modules=list(linears), fan_in_fan_out=transposed)  # type: ignore[arg-type]
-    tuner = LoraModel(model, config, "default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # it finds out by itself that the head is not stored as the blocks' linears are
+        tuner = LoraModel(model, config, "default")
     layers = {name: model.get_submodule(name) for name in linears}
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint serve bench bench-large
+.PHONY: demo test lint serve bench bench-bonsai bench-large
 
 demo: $(INSTALLED)
 	$(BIN)/espalier demo
@@ -23,6 +23,10 @@ serve: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.engine
+
+# Two hours on two cores.
+bench-bonsai: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bonsai
 
 # Memory on models of up to 13.5 GB: needs 45 GB of disk while it runs.
 bench-large: $(INSTALLED)

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.architecture import ARCHITECTURES
 from app.counting import count_parameters, fraction_of, macs_per_token
-from app.recipe import Bonsai, Budget, Perp, Recipe
+from app.recipe import Bonsai, Budget, Recipe
+from app.recovery import Perp
 from app.source import Source
 
 WITH_HEAD = 1.5  # what a perplexity takes, in passes through the blocks alone

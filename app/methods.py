@@ -10,7 +10,8 @@ from pydantic import BaseModel, Field
 
 from app.auth import JobReader
 from app.problems import declared
-from app.recipe import METHODS, RECOVERY_PRESETS, MethodFacts, MethodName, RecoveryConfig, Training
+from app.recipe import METHODS, MethodFacts, MethodName
+from app.recovery import RECOVERY_PRESETS, RecoveryConfig, Training
 
 router = APIRouter(prefix="/v1", tags=["methods"], responses=declared(401, 403))
 

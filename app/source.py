@@ -15,7 +15,8 @@ from typing import Any
 
 from app.architecture import ARCHITECTURES, Architecture
 from app.exceptions import RecipeError
-from app.recipe import BUNDLED_TEXTS, Depth, Given, Pattern, Perp, Recipe, Structured
+from app.recipe import BUNDLED_TEXTS, Depth, Given, Pattern, Recipe, Structured
+from app.recovery import Perp
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

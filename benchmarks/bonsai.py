@@ -185,8 +185,8 @@ def prune_into(work: Path, setting: Setting, recipe: Recipe) -> Clock:
 
 def speed(setting: Setting) -> None:
     """Seconds of each round, at equal numbers of sub-models: the engine in both modes, and the released algorithm on a resident model."""
-    code, ridge = (next(each for each in CONTENDERS if each.name == name) for name in ("Bonsai, authors' mode", "Bonsai"))
-    for name, contender in (("engine, authors' mode", code), ("engine", ridge)):
+    code, bayesian = (next(each for each in CONTENDERS if each.name == name) for name in ("Bonsai, authors' mode", "Bonsai"))
+    for name, contender in (("engine, authors' mode", code), ("engine", bayesian)):
         if setting.rows.search(name):
             recipe = setting.recipe(contender, TIMED_FRACTION)
             with tempfile.TemporaryDirectory() as folder:

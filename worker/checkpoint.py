@@ -81,7 +81,7 @@ def replace_weights(source: Source, weights: Mapping[str, Tensor], *, tied: bool
     shards = sorted(folder.glob(SHARDS))
     for shard in shards:
         with safe_open(shard, framework="pt") as stored:
-            dtypes = {name: stored.get_tensor(name).dtype for name in stored.keys()}  # noqa: SIM118
+            dtypes = {name: stored.get_tensor(name).dtype for name in stored.keys()}  # noqa: SIM118  it is no dict
         if architecture.embedding in dtypes and not tied:
             dtypes.setdefault(architecture.head, dtypes[architecture.embedding])
         write_shard(shard, {name: weights[name].to(dtype) for name, dtype in dtypes.items()})
@@ -178,7 +178,7 @@ def write_padded(per_layer_folder: Path, out: Path) -> None:
     shards = sorted(per_layer_folder.glob(SHARDS))
     for shard in shards:
         with safe_open(shard, framework="pt") as stored:
-            write_shard(out / shard.name, {name: _fill_up(stored.get_tensor(name), shapes.get(name)) for name in stored.keys()})  # noqa: SIM118
+            write_shard(out / shard.name, {name: _fill_up(stored.get_tensor(name), shapes.get(name)) for name in stored.keys()})  # noqa: SIM118  it is no dict
     _write_index(out, [out / shard.name for shard in shards])
     _write_json(out / "config.json", largest)
     _copy_files(per_layer_folder, out)

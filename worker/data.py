@@ -48,9 +48,13 @@ def random_windows(text: TokenizedText, calibration: Calibration) -> Tensor:
     """(samples, sequence_length) token ids at offsets drawn with the recipe's seed."""
     length = calibration.sequence_length
     _require_tokens(text, length + 1, "calibration_text_too_short", "/calibration")
-    generator = torch.Generator().manual_seed(calibration.seed)
-    offsets = torch.randint(0, len(text.tokens) - length, (calibration.samples,), generator=generator)
-    return torch.stack([text.tokens[offset : offset + length] for offset in offsets.tolist()])
+    return windows_at_random(text.tokens, calibration.samples, length, calibration.seed)
+
+
+def windows_at_random(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
+    """(n,) -> (count, length), at offsets drawn with the seed; n must be larger than the length."""
+    offsets = torch.randint(0, len(tokens) - length, (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([tokens[offset : offset + length] for offset in offsets.tolist()])
 
 
 def leading_windows(text: TokenizedText, evaluation: Evaluation) -> Tensor:

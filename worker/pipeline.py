@@ -20,10 +20,7 @@ import os
 import platform
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -37,14 +34,17 @@ from torch import Tensor
 from app.counting import LinearZeros, count_parameters, fraction_of, macs_per_token, sparsities
 from app.estimate import phase_costs
 from app.exceptions import EspalierError, RecipeError
-from app.recipe import Budget, Pattern, Perp, Recipe
+from app.recipe import Budget, Pattern, Recipe
+from app.recovery import Perp
 from app.report import LoadCheck, Measured, Parameters, Perplexity, Recovered, Report, TextUsed
 from app.source import Source, check_recipe, read_source
+from worker import notes
 from worker.blocks import BlockStream
 from worker.checkpoint import checkpoint_bytes, finish, model_card, write_padded
 from worker.data import leading_windows, random_windows, tokenize
 from worker.evaluation import logits, perplexity
 from worker.memory import PeakMemory, map_large_allocations, return_freed_memory
+from worker.progress import Emit, Progress
 from worker.pruners import PRUNERS
 from worker.pruners.base import Target
 from worker.pruning import prune
@@ -53,11 +53,9 @@ from worker.recovery.reconstruct import reconstruct
 from worker.recovery.retrain import retrain
 from worker.recovery.text import TrainingText, training_text
 from worker.state import WalkState, sha256_of
-from worker.training import Step
 from worker.trial import Trial, TrialError, fits_in_memory, run_trial
-from worker.walk import Edit, Pruned, Pruning, RoundStep
+from worker.walk import Edit, Pruned, Pruning
 
-Emit = Callable[[dict[str, Any]], None]
 Layout = Literal["uniform", "per_layer", "padded"]
 
 CHECKED_TOKENS = 128  # logits of this many tokens are compared
@@ -134,9 +132,11 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
         seconds=progress.seconds,
         resumed_at_block=resumed_at,
         peak_memory_bytes=memory.bytes,
-        notes=_notes(recipe, target, pruned, parameters_before, parameters_after)
-        + _recovery_notes(recipe, recovered)
-        + _not_loaded_whole(recipe, before, after, loads_with),
+        notes=[
+            *notes.of_pruning(recipe, target, pruned, parameters_before, parameters_after),
+            *notes.of_recovery(recipe, recovered),
+            *notes.of_memory(recipe, before, after, loads_with),
+        ],
         versions=_versions(),
     )
     (out / "checkpoint" / "README.md").write_text(model_card(report), encoding="utf-8")
@@ -364,110 +364,10 @@ def _compare(layout: Layout, trial: Trial, own: Tensor, blocks: list[int] | None
 # ------------------------------------------------------------------------- helpers
 
 
-@dataclass
-class Progress:
-    """Tells phases and blocks as events; the fraction of the whole job is counted in tokens that pass the blocks."""
-
-    emit: Emit
-    seconds: dict[str, float] = field(default_factory=dict)
-    costs: dict[str, float] = field(default_factory=dict)
-    finished: float = 0.0
-    reached: float = 0.0
-    current: str = ""
-
-    def plan(self, costs: dict[str, float]) -> None:
-        self.costs = costs
-
-    def log(self, message: str) -> None:
-        self.emit({"event": "log", "message": message})
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self.current = name
-        self.emit({"event": "phase", "phase": name})
-        start = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - start, 3)
-        self.finished += self.costs.get(name, 0.0)
-
-    def step(self, done: int, total: int, **more: float) -> None:
-        self._tell(done, total, done / total, **more)
-
-    def round_step(self, step: RoundStep) -> None:
-        """A sub-model of a round; `eta_seconds` is of the whole job, once one was measured."""
-        later = sum(self.costs.values()) - self.finished - self.costs.get(self.current, 0.0)
-        eta = {} if step.pace is None else {"eta_seconds": round(step.pace * (step.cost_left + later), 1)}
-        self._tell(step.done, step.total, step.cost_done / (step.cost_done + step.cost_left), round=step.number, rounds=step.rounds, **eta)
-
-    def train_step(self, step: Step) -> None:
-        """A step of a training; `eta_seconds` is of the whole job."""
-        cost = self.costs[self.current] / step.total
-        later = sum(self.costs.values()) - self.finished - self.costs[self.current]
-        eta = step.eta_seconds + step.seconds / cost * later
-        self._tell(
-            step.done,
-            step.total,
-            step.done / step.total,
-            loss=step.loss,
-            tokens_per_second=round(step.tokens_per_second, 1),
-            eta_seconds=round(eta, 1),
-        )
-
-    def _tell(self, done: int, total: int, share: float, **more: float) -> None:
-        all_costs = sum(self.costs.values())
-        fraction = (self.finished + self.costs.get(self.current, 0.0) * share) / all_costs if all_costs else 0.0
-        self.reached = max(self.reached, min(fraction, 1.0))  # what a phase costs may prove more than was thought
-        self.emit({"event": "progress", "phase": self.current, "done": done, "total": total, "fraction": round(self.reached, 4), **more})
-
-
 def _scratch(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def _notes(recipe: Recipe, target: Target | None, pruned: Pruned, before: Parameters, after: Parameters) -> list[str]:
-    notes = list(pruned.notes)
-    if not recipe.facts.structured:
-        notes.append("The zeros are stored: they save neither time nor memory in transformers or vLLM. A structured method does.")
-    if recipe.denominator == "ffn" and recipe.facts.structured and target is not None:
-        removed = 1 - after.ffn / before.ffn
-        if abs(removed - target.fraction) > 0.5 / min(layer.ffn_channels_before for layer in pruned.layers):
-            notes.append(f"{removed:.2%} of the FFN channels were removed instead of {target.fraction:.2%}, because widths are whole and bounded.")
-    elif recipe.facts.structured and target is not None:
-        of_all = recipe.denominator == "non_embedding"
-        removed = 1 - (after.non_embedding / before.non_embedding if of_all else after.decoder / before.decoder)
-        what = "parameters without embedding and head" if of_all else "decoder's linear weights"
-        notes.append(f"{removed:.2%} of the {what} were removed; {recipe.facts.prunes} are whole, so the target is met as nearly as they allow.")
-    return notes
-
-
-def _recovery_notes(recipe: Recipe, recovered: Recovered | None) -> list[str]:
-    config, notes = recipe.recovery, []
-    if config is None or recovered is None:
-        return []
-    if recovered.steps < config.total_steps:
-        notes.append(f"Training ended after {recovered.steps} of {config.total_steps} steps, since the held-out loss fell no more.")
-    if recovered.held_out_loss_before is not None and recovered.held_out_loss_before == recovered.held_out_loss_after:
-        notes.append("No step of the training lowered the held-out loss, so the pruned model stayed as it was; try a lower learning rate.")
-    if recovered.held_out_loss_merged is not None:
-        notes.append(f"Merging under the masks took the held-out loss from {recovered.held_out_loss_after:.4f} to {recovered.held_out_loss_merged:.4f}.")
-    if recipe.trains_head:
-        notes.append("The head was trained and is stored apart from the embedding, whether it was tied to it or not.")
-    return notes
-
-
-def _not_loaded_whole(recipe: Recipe, before: Measured | None, after: Measured | None, checks: list[LoadCheck]) -> list[str]:
-    """What was left out because a model didn't fit in memory."""
-    notes = []
-    if recipe.evaluation is not None and recipe.evaluation.speed and not (before and before.speed and after and after.speed):
-        notes.append("Speed was not measured where the model, in float32, would not have fitted in the worker's memory.")
-    if checks[0].blocks is not None:
-        notes.append(
-            "The result, in float32, would not have fitted in the worker's memory: names and shapes of all its weights were checked by transformers, and the "
-            f"logits of a model of its blocks {', '.join(map(str, checks[0].blocks))} were compared."
-        )
-    return notes
 
 
 def _versions() -> dict[str, str]:

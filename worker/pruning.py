@@ -1,7 +1,7 @@
 """Prunes a checkpoint block by block: reads a block, measures, decides, writes it as its own shard, drops it.
 
-A survey of the dense model comes first where the method or the allocation needs one; or, with Bonsai, rounds of sub-models (perturbing). Then zeros are set block by block (masking), or parts are removed
-(slicing). Every finished block of a walk is recorded, so a killed job resumes.
+A survey of the dense model comes first where the method or the allocation needs one; or, with Bonsai, rounds of sub-models (perturbing). Then zeros are set
+block by block (masking), or parts are removed (slicing). Every finished block of a walk is recorded, so a killed job resumes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from app.exceptions import RecipeError
-from app.recipe import Training
+from app.recovery import Training
 
 Loss = Callable[[Tensor, int], Tensor]  # (b, T) windows and the number of the first of them -> their mean loss
 HeldOutLoss = Callable[[Tensor], Tensor]  # (b, T) windows -> their mean loss

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,6 @@ def facts(run: Pruning, index: int, before: dict[str, Tensor], after: dict[str, 
     architecture, config = run.stream.architecture, run.stream.source.config
     prefix, size = architecture.block_prefix(index), architecture.dimensions(config)
     mlps, router = architecture.mlps(config, index), architecture.router(config, index)
-    ffn = {linear for mlp in mlps for linear in mlp.linears}
 
     def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         names = {linear: f"{prefix}{linear}.weight" for linear in architecture.linears(config, index)}
@@ -128,18 +127,14 @@ def facts(run: Pruning, index: int, before: dict[str, Tensor], after: dict[str, 
     def inputs(tensors: dict[str, Tensor], linear: str) -> int:
         return tensors[f"{prefix}{linear}.weight"].shape[0 if architecture.transposed else 1]
 
-    def zeros(tensors: dict[str, Tensor]) -> dict[str, int]:
-        counts = {linear: weight.numel() - int(weight.count_nonzero()) for linear, weight in weights(tensors).items()}
-        of_ffn = sum(count for linear, count in counts.items() if linear in ffn)
-        return {"mlp": of_ffn, "attention": sum(counts.values()) - of_ffn}
-
     def experts(tensors: dict[str, Tensor]) -> int | None:
         return None if router is None else tensors[f"{prefix}{router}.weight"].shape[0]
 
     def groups(tensors: dict[str, Tensor]) -> int:
         return inputs(tensors, architecture.attention.output) // size.head_dim // size.queries_per_group
 
-    zeros_after = {"mlp": 0, "attention": 0} if after is None else zeros(stored(run, after))
+    zeros_before = count_zeros(run.stream, index, before)
+    zeros_after = LinearZeros() if after is None else count_zeros(run.stream, index, stored(run, after))
     layer = LayerReport(
         index=index,
         dropped=after is None,
@@ -150,7 +145,16 @@ def facts(run: Pruning, index: int, before: dict[str, Tensor], after: dict[str, 
         experts=None if after is None else experts(after),
         experts_before=experts(before),
         weights=0 if after is None else sum(weight.numel() for weight in weights(after).values()),
-        zeros=sum(zeros_after.values()),
+        zeros=zeros_after.all,
         importance=importance,
     )
-    return {"layer": layer.model_dump(), "zeros_before": zeros(before), "zeros_after": zeros_after}
+    return {"layer": layer.model_dump(), "zeros_before": asdict(zeros_before), "zeros_after": asdict(zeros_after)}
+
+
+def count_zeros(stream: BlockStream, index: int, tensors: dict[str, Tensor]) -> LinearZeros:
+    """Among the linear weights of a block's tensors, which may lack experts."""
+    architecture, config, prefix = stream.architecture, stream.source.config, stream.architecture.block_prefix(index)
+    stored_as = {linear: f"{prefix}{linear}.weight" for linear in architecture.linears(config, index)}
+    counts = {linear: tensors[name].numel() - int(tensors[name].count_nonzero()) for linear, name in stored_as.items() if name in tensors}
+    mlp = sum(counts.get(linear, 0) for mlp in architecture.mlps(config, index) for linear in mlp.linears)
+    return LinearZeros(attention=sum(counts.values()) - mlp, mlp=mlp)

@@ -14,12 +14,13 @@ from torch.nn.functional import cross_entropy
 
 from app.architecture import ARCHITECTURES
 from app.exceptions import RecipeError
-from app.recipe import Perp, Recipe
+from app.recipe import Recipe
+from app.recovery import Perp
 from app.report import Report
 from app.source import Source, TensorEntry, check_recipe, read_source
 from tests.models import load_model, make_checkpoint, make_text
 from tests.worker.test_pipeline import engine, finished
-from tests.worker.test_recovery import TOKENS, logits_of, pruned_folder, recipe_of, stir, stored, student_of
+from tests.worker.test_recovery import TOKENS, logits_of, pruned_folder, recipe_of, retrained, stir, stored, student_of
 from tests.worker.test_recovery_pipeline import write_recipe
 from worker.blocks import BlockStream
 from worker.checkpoint import read_masks
@@ -28,7 +29,6 @@ from worker.recovery import RECOVERIES
 from worker.recovery.perp import choose_rank, modules_of_model
 from worker.recovery.retrain import retrain, write_back
 from worker.recovery.text import TrainingText, training_text
-from worker.training import Step
 
 SMALL: dict[str, Any] = {"sequence_length": 16, "steps": 4, "batch": 4, "held_out": 2, "learning_rate": 0.01}
 
@@ -229,17 +229,7 @@ def test_it_lowers_the_loss_and_goes_on_after_a_break(model_type: str, adapter: 
         source, pruned = pruned_folder(dense, recipe_of(text, "wanda", "2:4"), tmp_path / name)
         masks = masks_of(source.folder)
 
-        def tell(step: Step, stop_after: int | None = stop_after) -> None:
-            if step.done == stop_after:
-                raise KeyboardInterrupt
-
-        if stop_after is not None:
-            with pytest.raises(KeyboardInterrupt):
-                retrain(config, source.folder, pruned, stream, training, None, tmp_path / f"{name}-state", tell)
-        found = retrain(config, source.folder, pruned, stream, training, None, tmp_path / f"{name}-state", lambda step: None)
-        assert found.trained.before is not None
-        assert found.trained.best is not None
-        assert found.trained.best < found.trained.before
+        found = retrained(config, source, pruned, stream, training, tmp_path / f"{name}-state", stop_after)
         after = stored(source.folder)
         assert all(torch.equal(after[name] != 0, mask) for name, mask in masks.items())
         assert (found.merged is None) == (adapter != "lora_prune")

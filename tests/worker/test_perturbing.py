@@ -272,7 +272,7 @@ def test_the_last_unit_of_a_module_stays_where_nothing_would_be_saved(folder: Pa
 
 
 @pytest.mark.parametrize("prior", ["wanda", "activation", "magnitude", "random"])
-@pytest.mark.parametrize(("mode", "scope"), [("ridge", "global"), ("ridge", "local"), ("code", "global"), ("code", "local")])
+@pytest.mark.parametrize(("mode", "scope"), [("bayesian", "global"), ("bayesian", "local"), ("code", "global"), ("code", "local")])
 def test_every_variant_comes_near_its_target(
     prior: str, mode: str, scope: str, folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +283,7 @@ def test_every_variant_comes_near_its_target(
     left = sum(count * cost for count, cost in zip(counts, [3 * HIDDEN, 6 * HIDDEN * HIDDEN // HEADS] * LAYERS, strict=True))
     dense = count_parameters(run.stream.source, [])
     reached = (dense.decoder - left) / dense.non_embedding
-    if mode == "ridge":
+    if mode == "bayesian":
         assert reached == pytest.approx(0.3, abs=LAYERS * 3 * HIDDEN / dense.non_embedding)
     else:
         assert 0.28 <= reached < 0.3 + 0.12 * (scope == "local")
@@ -396,7 +396,7 @@ def test_a_time_budget_is_divided_among_rounds_by_their_cost(folder: Path, text:
 
 def test_a_round_ends_once_half_of_its_masks_choose_the_same(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch, lambda parameters: 5.0)  # nothing to learn, so the prior chooses
-    _, _, run = choose(folder, recipe_of(text, 0.2, masks=100), tmp_path / "ridge")
+    _, _, run = choose(folder, recipe_of(text, 0.2, masks=100), tmp_path / "bayesian")
     assert [facts["masks"] for facts in facts_of(run)] == [32, 32]
     monkeypatch.setattr(bonsai, "EPOCHS", 1)
     _, _, run = choose(folder, recipe_of(text, 0.1, masks=40, mode="code"), tmp_path / "code")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from app.recipe import Perp
+from app.recovery import Perp
 from app.report import Report
 from app.source import read_source
 from tests.models import load_model, make_checkpoint, make_text

@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from app.counting import count_parameters
 from app.exceptions import EspalierError, RecipeError
-from app.recipe import Full, LoRA, Recipe
+from app.recipe import Recipe
+from app.recovery import Full, LoRA, RecoveryConfig
 from app.source import Source, check_recipe, read_source
 from tests.models import load_model, make_checkpoint, make_text
 from worker.blocks import BlockStream
@@ -27,7 +28,7 @@ from worker.pruning import prune
 from worker.recovery import RECOVERIES
 from worker.recovery.base import Adapted, Student
 from worker.recovery.lora import share_ranks
-from worker.recovery.retrain import coarse_importance, load, retrain, write_back
+from worker.recovery.retrain import Retrained, coarse_importance, load, retrain, write_back
 from worker.recovery.text import TrainingText, training_text
 from worker.state import WalkState
 from worker.training import Step
@@ -55,6 +56,25 @@ def pruned_folder(folder: Path, recipe: Recipe, work: Path) -> tuple[Source, Pru
     pruned = prune(run, PRUNERS[recipe.method.name], target_of(recipe, count_parameters(source, [])))
     finish(pruned.folder, source, pruned.kept, recipe.output.layout, recipe.output.dtype, pruned.switches)
     return read_source(pruned.folder), pruned
+
+
+def retrained(
+    config: RecoveryConfig, source: Source, pruned: Pruned, stream: BlockStream, training: TrainingText, work: Path, stop_after: int | None
+) -> Retrained:
+    """Train without a teacher, broken off after a step and taken up again where one is named; the held-out loss has fallen."""
+
+    def tell(step: Step) -> None:
+        if step.done == stop_after:
+            raise KeyboardInterrupt
+
+    if stop_after is not None:
+        with pytest.raises(KeyboardInterrupt):
+            retrain(config, source.folder, pruned, stream, training, None, work, tell)
+    found = retrain(config, source.folder, pruned, stream, training, None, work, lambda step: None)
+    assert found.trained.before is not None
+    assert found.trained.best is not None
+    assert found.trained.best < found.trained.before
+    return found
 
 
 def student_of(source: Source, pruned: Pruned, masks: dict[str, Tensor] | None = None, importance: list[float] | None = None) -> Student:
@@ -271,17 +291,7 @@ def test_lora_lowers_the_loss_and_goes_on_after_a_break(layout: str, text: Path,
     for name, stop_after in (("one", None), ("two", 3)):
         source, pruned = pruned_folder(dense, recipe_of(text, output={"layout": layout}), tmp_path / name)
 
-        def tell(step: Step, stop_after: int | None = stop_after) -> None:
-            if step.done == stop_after:
-                raise KeyboardInterrupt
-
-        if stop_after is not None:
-            with pytest.raises(KeyboardInterrupt):
-                retrain(config, source.folder, pruned, stream, training, None, tmp_path / f"{name}-state", tell)
-        found = retrain(config, source.folder, pruned, stream, training, None, tmp_path / f"{name}-state", lambda step: None)
-        assert found.trained.before is not None
-        assert found.trained.best is not None
-        assert found.trained.best < found.trained.before
+        found = retrained(config, source, pruned, stream, training, tmp_path / f"{name}-state", stop_after)
         results.append((found.trained.best, stored(source.folder)))
     assert results[0][0] == results[1][0]
     assert results[0][1].keys() == results[1][1].keys()

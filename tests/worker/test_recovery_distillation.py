@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from app.exceptions import RecipeError
-from app.recipe import Distillation, Full
+from app.recovery import Distillation, Full
 from app.source import read_source
 from tests.models import load_model, make_checkpoint
 from worker.blocks import BlockStream

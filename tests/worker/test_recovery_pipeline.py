@@ -71,13 +71,16 @@ def test_a_model_is_pruned_and_recovered_also_after_kills(texts: tuple[Path, Pat
     assert recovered.held_out_loss_after is not None
     assert recovered.held_out_loss_after < recovered.held_out_loss_before
     assert recovered.peak_memory_bytes > 0
-    for measured in (report.before, report.pruned, report.after):
-        assert measured is not None
-        assert measured.perplexity is not None
-    assert report.after.perplexity.value < report.pruned.perplexity.value  # type: ignore[union-attr]
+    assert report.before is not None
+    assert report.before.perplexity is not None
+    assert report.pruned is not None
+    assert report.pruned.perplexity is not None
+    assert report.after is not None
+    assert report.after.perplexity is not None
+    assert report.after.perplexity.value < report.pruned.perplexity.value
     head = 320 * 32
-    assert report.parameters_after.all == report.pruned.parameters.all + head  # type: ignore[union-attr]
-    assert report.parameters_after.non_embedding == report.pruned.parameters.non_embedding  # type: ignore[union-attr]
+    assert report.parameters_after.all == report.pruned.parameters.all + head
+    assert report.parameters_after.non_embedding == report.pruned.parameters.non_embedding
     assert recovered.trained_parameters > head
     assert recovered.trained_share == pytest.approx(recovered.trained_parameters / (report.parameters_after.all + recovered.trained_parameters - head))
     assert [(check.layout, check.checked) for check in report.loads_with] == [("per_layer", "logits"), ("padded", "logits")]

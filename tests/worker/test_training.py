@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from app.exceptions import RecipeError
-from app.recipe import Full
+from app.recovery import Full
 from worker.training import Step, Trained, rate, train
 
 WIDTH = 6

@@ -134,7 +134,8 @@ def draw_masks(
     """Random masks in pairs: of each module's candidates, what one of a pair removes, the other keeps. Each (n,), each (n,) bool -> (2·pairs, U) bool.
 
     A pair draws k of a module's candidates without replacement. By default k is anything from none to all, and a coin decides which of the two loses them; where
-    the candidates are more than 2p of a module, as one of three KV groups is, only so many pairs touch it that p of it is removed on average. As released, k = int(p·n) + 1, at most all candidates, and the first of each pair loses them. Fixed units always stay. All tensors are the CPU's.
+    the candidates are more than 2p of a module, as one of three KV groups is, only so many pairs touch it that p of it is removed on average. As released,
+    k = int(p·n) + 1, at most all candidates, and the first of each pair loses them. Fixed units always stay. All tensors are the CPU's.
     """
     columns = []
     for probability, candidate in zip(probabilities, candidates, strict=True):

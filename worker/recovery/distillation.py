@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from app.exceptions import RecipeError
-from app.recipe import Distillation
+from app.recovery import Distillation
 from worker.blocks import BlockStream
 from worker.calibration import HiddenStates, embed_into, forward
 from worker.evaluation import TOKENS_PER_HEAD

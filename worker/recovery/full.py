@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.recipe import Full
+from app.recovery import Full
 from worker.recovery.base import Adapted, Student, keep_zeros
 
 

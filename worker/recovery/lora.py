@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from app.recipe import LoRA
+from app.recovery import LoRA
 from worker.recovery.base import Adapted, Student, own_head
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from app.architecture import ARCHITECTURES
-from app.recipe import Perp
+from app.recovery import Perp
 from app.source import Source
 from worker.recovery.adapters import MaskLoRA, ScaleLoRA
 from worker.recovery.base import Adapted, Student, own_head
@@ -140,8 +140,13 @@ def _add_lora(model: Any, linears: Sequence[str], masks: Mapping[str, Tensor], r
     """peft's adapters; gives what adds them to the weights in the end, under the masks."""
     from peft import LoraConfig, LoraModel  # takes a second, and most jobs train nothing
 
-    # peft states whole numbers for alpha, and multiplies by what it is given.
-    config = LoraConfig(r=rank, lora_alpha=scale * rank, lora_dropout=0.0, target_modules=list(linears), fan_in_fan_out=transposed)  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,  # type: ignore[arg-type]  # peft states an int, and multiplies by it
+        lora_dropout=0.0,
+        target_modules=list(linears),
+        fan_in_fan_out=transposed,
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # it finds out by itself that the head is not stored as the blocks' linears are
         tuner = LoraModel(model, config, "default")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from app.recipe import Perp
+from app.recovery import Perp
 from app.report import BlockError
 from app.source import Source, read_source
 from worker.blocks import BlockStream, batches

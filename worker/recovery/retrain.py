@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from app.architecture import ARCHITECTURES
 from app.counting import LinearZeros
 from app.exceptions import EspalierError, RecipeError
-from app.recipe import RecoveryConfig, Training
+from app.recovery import RecoveryConfig, Training
 from app.report import BlockError
 from app.source import Source, read_source
 from worker.allocation import angular
@@ -34,7 +33,7 @@ from worker.recovery.base import Student
 from worker.recovery.distillation import Teacher, outputs_of
 from worker.recovery.text import TrainingText
 from worker.training import Step, Trained, train
-from worker.walk import Pruned
+from worker.walk import Pruned, count_zeros
 
 JUDGED_WINDOWS = 16  # for coarse importance, where the pruning measured none
 
@@ -195,21 +194,8 @@ def require_zeros(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) ->
 
 def recounted(folder: Path, pruned: Pruned) -> Pruned:
     """What was told of a pruned checkpoint, with the zeros that the one in `folder` has."""
-    counted = _count_zeros(read_source(folder))
+    stream = BlockStream(read_source(folder))
+    counted = [count_zeros(stream, index, stream.block_tensors(index)) for index in range(len(stream))]
     zeros = dict(zip((layer.index for layer in pruned.kept), counted, strict=True))
     layers = [layer if layer.dropped else layer.model_copy(update={"zeros": zeros[layer.index].all}) for layer in pruned.layers]
     return replace(pruned, layers=layers, zeros_after=[zeros.get(layer.index, LinearZeros()) for layer in layers])
-
-
-def _count_zeros(source: Source) -> list[LinearZeros]:
-    """Of each block, as it is stored."""
-    stream, architecture = BlockStream(source), ARCHITECTURES[source.model_type]
-    found = []
-    for index in range(len(stream)):
-        tensors, prefix = stream.block_tensors(index), architecture.block_prefix(index)
-        ffn = {name for mlp in architecture.mlps(source.config, index) for name in mlp.linears}
-        zeros = {name: tensors[f"{prefix}{name}.weight"] for name in architecture.linears(source.config, index)}
-        counts = {name: weight.numel() - int(weight.count_nonzero()) for name, weight in zeros.items()}
-        mlp = sum(count for name, count in counts.items() if name in ffn)
-        found.append(LinearZeros(attention=sum(counts.values()) - mlp, mlp=mlp))
-    return found

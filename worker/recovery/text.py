@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from app.exceptions import RecipeError
-from app.recipe import Training
+from app.recovery import Training
 from app.report import TextUsed
-from worker.data import TokenizedText
+from worker.data import TokenizedText, windows_at_random
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,6 @@ def training_text(text: TokenizedText, config: Training) -> TrainingText:
             hint="Give a longer text, a smaller sequence_length, or fewer held_out windows.",
             pointer="/recovery/sequence_length",
         )
-    generator = torch.Generator().manual_seed(config.seed)
-    offsets = torch.randint(0, before - length, (count,), generator=generator)
-    windows = torch.stack([text.tokens[offset : offset + length] for offset in offsets.tolist()])
+    windows = windows_at_random(text.tokens[:before], count, length, config.seed)
     rest = text.tokens[before:].view(held_out, length) if held_out else None
     return TrainingText(windows, rest, text.used(count * length + held_out * length))

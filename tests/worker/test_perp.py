@@ -235,6 +235,7 @@ def test_it_lowers_the_loss_and_goes_on_after_a_break(model_type: str, adapter: 
         assert (found.merged is None) == (adapter != "lora_prune")
         if found.merged is not None:
             assert training.held_out is not None
+            assert found.trained.best is not None
             with torch.no_grad():
                 logits = load_model(source.folder)(training.held_out).logits
             by_hand = float(cross_entropy(logits[:, :-1].flatten(0, 1), training.held_out[:, 1:].flatten()))

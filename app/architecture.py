@@ -245,6 +245,10 @@ class Architecture:
         """Whether a block has any biases, its norms' included."""
         return self.norm_biases or any(self.has_bias(config, linear) for linear in self.linears(config, 0))
 
+    def adds_ffn(self, config: Config, index: int) -> bool:
+        """Whether a block ends by adding what the last linear of its one FFN gives: with nothing mixed, and no norm after it."""
+        return self.router(config, index) is None and "post_feedforward_layernorm" not in self.norms and bool(config.get("do_layer_norm_before", True))
+
     # ---------------------------------------------------------------- shapes
 
     def outer_shapes(self, config: Config) -> Iterator[tuple[str, Shape]]:

@@ -106,6 +106,13 @@ class Magnitude(Strict):
 
     name: Literal["magnitude"] = "magnitude"
     compare: Literal["matrix", "row"] = Field("matrix", description="Weights compete within their matrix (as published) or within their output row.")
+    rounds: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="Rounds of pruning, each of which removes the same share of the weights that are left and is followed by the whole recovery (iterative magnitude "
+        "pruning; the schedule of Frankle & Carbin, arXiv 1803.03635, and the learning-rate rewinding of Renda et al., arXiv 2003.02389). 1: all at once.",
+    )
 
 
 class Wanda(Strict):
@@ -281,10 +288,17 @@ Allocation = Annotated[AllocationConfig, BeforeValidator(expand_name, json_schem
 
 
 class LeastSquares(Strict):
-    """Fit the matrices behind what was removed anew, to give what the dense block gives on the pruned model's own inputs."""
+    """Fit the matrices behind what was removed anew, to give what the dense block gives on the pruned model's own inputs.
+
+    Where an FFN's output is added to the hidden states as it is, the FFN also takes back a share of what the pruned model has drifted from the dense one so far.
+    A share, since much of the drift is noise that the fit would learn by heart: in SmolLM2-135M a half takes the perplexity from 40.6 to 40.0.
+    """
 
     name: Literal["least_squares"] = "least_squares"
     ridge: float = Field(3.0, gt=0, le=1000, description="Strength of the penalty on changes, relative to the noise of an estimate from so many tokens.")
+    drift: float = Field(
+        0.5, ge=0, le=1, description="Share of the pruned model's distance from the dense one, before an FFN, that the FFN is fitted to take back; 0 saves a pass."
+    )
 
 
 class Swaps(Strict):
@@ -533,6 +547,11 @@ class Recipe(Strict):
         return self.facts.calibrates or self.restoration is not None or not isinstance(self.allots, Uniform | Given)
 
     @property
+    def rounds(self) -> int:
+        """How often the model is pruned and recovered."""
+        return self.method.rounds if isinstance(self.method, Magnitude) else 1
+
+    @property
     def allots(self) -> AllocationConfig:
         """How layers share the sparsity: as asked, else as the method was published and the layout allows."""
         if self.allocation is not None:
@@ -583,6 +602,15 @@ class Recipe(Strict):
                 raise ValueError("bonsai measures anew in every round towards a fraction, so no bound can be tried out; give a fraction")
             if self.method.mode == "code" and self.output.layout == "uniform":
                 raise ValueError("the released code takes different numbers from each layer; set output.layout to 'per_layer', or method.mode to 'bayesian'")
+        if self.rounds > 1:
+            if self.recovery is None:
+                raise ValueError("without training between them, rounds remove what one would; give recovery, or set method.rounds to 1")
+            if isinstance(self.sparsity, Pattern):
+                raise ValueError(f"rounds go step by step, and no steps lead to the pattern {self.sparsity}; give a fraction, or set method.rounds to 1")
+            if not isinstance(self.allots, Uniform):
+                raise ValueError("shares allotted anew in each round could give back what an earlier one took; leave allocation out, or set method.rounds to 1")
+            if self.restoration is not None:
+                raise ValueError("a restoration could give back weights that an earlier round took; leave restoration out, or set method.rounds to 1")
         return self
 
     @model_validator(mode="after")

@@ -46,7 +46,7 @@ SWAPPED: dict[str, Any] = {"restoration": {"name": "swaps", "rounds": 10}}
 OWL: dict[str, Any] = {"allocation": "owl"}
 LAYOUTS: dict[str, dict[str, Any]] = {"per layer": PER_LAYER, "uniform": {}}
 FLAP_CODE = {"name": "flap", "mode": "code"}
-WANDA_SP = {"name": "flap", "units": "ffn", "metric": "wifn", "inputs": "pruned", "compensate": False}
+WANDA_SP = {"name": "flap", "units": "ffn", "metric": "wifn", "compensate": False}  # as CFSP's authors release it: dense inputs, one ranking of all layers
 PUBLISHED, ALLOCATION, RESTORATION, STRUCTURE = "Methods as published", "Allocation", "Restoration without training", "What is removed"
 
 
@@ -71,7 +71,7 @@ CONTENDERS = [
         for s, them in CFSP_AUTHORS.items()
     ),
     *(Contender(PUBLISHED, f"CFSP, default mode, per layer, FFN {s:.0%}", "cfsp", s, PER_LAYER, them, 3) for s, them in CFSP_AUTHORS.items()),
-    Contender(PUBLISHED, "Wanda-sp, uniform, FFN 20%", WANDA_SP, 0.2, {}, 46.7, 3),
+    Contender(PUBLISHED, "Wanda-sp, per layer, FFN 20%", WANDA_SP, 0.2, PER_LAYER, 46.7, 3),
     Contender(PUBLISHED, "FLAP, per layer, decoder 20%", "flap", 0.2, PER_LAYER),
     Contender(PUBLISHED, "FLAP, authors' mode, per layer, decoder 20%", FLAP_CODE, 0.2, PER_LAYER),
     Contender(PUBLISHED, "SparseGPT 50%", "sparsegpt", 0.5, {}, 63.2, 3),
@@ -81,6 +81,7 @@ CONTENDERS = [
     Contender(PUBLISHED, "Wanda, variant, 50%", {"name": "wanda", "variant": True}, 0.5),
     Contender(PUBLISHED, "Magnitude 50%", "magnitude", 0.5, {}, 565.0),
     Contender(ALLOCATION, "CFSP, default mode, uniform, FFN 20%", "cfsp", 0.2, {}, None, 3),
+    Contender(ALLOCATION, "Wanda-sp, uniform, FFN 20%", WANDA_SP | {"inputs": "pruned"}, 0.2, {}, None, 3),
     Contender(ALLOCATION, "FLAP, uniform, decoder 20%", "flap", 0.2),
     Contender(ALLOCATION, "Wanda 50%, OWL", "wanda", 0.5, OWL, None, 3),
     Contender(ALLOCATION, "Wanda 70%", "wanda", 0.7, {}, None, 3),

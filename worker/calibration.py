@@ -5,7 +5,6 @@ Notation: B sequences, T tokens, D hidden size, C inputs of a linear.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -25,29 +24,27 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # (…, D), (…, D) -> (…): ho
 class HiddenStates:
     """The calibration set between two blocks, (B, T, D) float32, in a memory-mapped file.
 
-    Two files serve in turns: a block reads one and writes the other. Memory is thus the page cache's business, and a walk that was
+    Two files serve in turns, where no other number is given: a block reads one and writes the other. Memory is thus the page cache's business, and a walk that was
     killed goes on from the file that its last finished block left.
     """
 
-    def __init__(self, work: Path, shape: tuple[int, int, int]) -> None:
+    def __init__(self, work: Path, shape: tuple[int, int, int], name: str = "hidden", files: int = 2) -> None:
         """Raises OSError (ENOSPC) here, and not while a block computes, where the disk is too small."""
         self.work = work
         self.shape = shape
-        for block in (0, 1):
+        self.name = name
+        self.files = files
+        for block in range(files):
             with self.path(block).open("ab") as stream:
                 os.posix_fallocate(stream.fileno(), 0, math.prod(shape) * 4)
 
     def path(self, block: int) -> Path:
         """The file that holds the input of `block`."""
-        return self.work / f"hidden.{block % 2}.bin"
+        return self.work / f"{self.name}.{block % self.files}.bin"
 
     def open(self, block: int) -> Tensor:
         """The input of `block`, for reading or for writing."""
         return torch.from_file(str(self.path(block)), shared=True, size=math.prod(self.shape), dtype=torch.float32).view(self.shape)
-
-    def sha256(self, block: int) -> str:
-        with self.path(block).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def embed_into(hidden: HiddenStates, stream: BlockStream, tokens: Tensor) -> None:
@@ -159,6 +156,71 @@ def measuring(block: nn.Module, linears: Iterable[str], wanted: frozenset[Statis
         handles.append(module.register_forward_pre_hook(measure(name)))
     try:
         yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Drift:
+    """How far a pruned model is from the dense one at a block's FFN, against what the FFN knows: the mean of (h - h') xᵀ over tokens, (D, C).
+
+    h and h' (D) are what the FFN's output is added to in the dense and in the pruned model, x (C) the inputs of the FFN's last linear `down` in the pruned model.
+    """
+
+    def __init__(self, down: str, room: Tensor) -> None:
+        """`room` (B, T, D), on the CPU, takes the dense model's hidden states."""
+        self.down = down
+        self._dense = room.flatten(0, 1)
+        self._sum = torch.empty(0)
+
+    @contextmanager
+    def measuring_dense(self, block: nn.Module) -> Iterator[None]:
+        """While this block of the dense model runs over all its inputs."""
+        start = 0
+
+        def take(before: Tensor, inputs: Tensor) -> None:
+            nonlocal start
+            self._dense[start : start + len(before)] = before
+            start += len(before)
+
+        with _before_ffn(block, self.down, take):
+            yield
+
+    @contextmanager
+    def measuring_pruned(self, block: nn.Module) -> Iterator[None]:
+        """While it runs over all inputs that it has in the pruned model; what was measured so before is forgotten."""
+        start = 0
+        self._sum = torch.zeros(0)
+
+        def take(before: Tensor, inputs: Tensor) -> None:
+            nonlocal start
+            moved = self._dense[start : start + len(before)].to(before.device) - before
+            start += len(before)
+            self._sum = moved.T @ inputs if not len(self._sum) else self._sum.addmm_(moved.T, inputs)
+
+        with _before_ffn(block, self.down, take):
+            yield
+
+    @property
+    def mean(self) -> Tensor:
+        return self._sum / len(self._dense)
+
+
+@contextmanager
+def _before_ffn(block: nn.Module, down: str, take: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Tell `take` of each batch what the FFN's output is added to, (B·T, D), and the inputs of its last linear `down`, (B·T, C)."""
+    seen: list[Tensor] = []
+
+    def at_down(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[:] = args[0].flatten(0, -2), output.flatten(0, -2)
+
+    def at_end(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs, added = seen
+        take(output.flatten(0, -2) - added, inputs)
+
+    handles = [block.get_submodule(down).register_forward_hook(at_down), block.register_forward_hook(at_end)]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

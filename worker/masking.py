@@ -13,7 +13,7 @@ from worker.choosing import allotted_shares
 from worker.pruners.base import Masked, MaskPruner, Target
 from worker.survey import Surveyed, walks
 from worker.swaps import refine
-from worker.walk import Pruning, facts, hidden_states, next_input, read_block, write_block, write_outer
+from worker.walk import Pruning, facts, hidden_states, next_inputs, read_block, write_block, write_outer
 
 WALK = "prune"
 
@@ -58,7 +58,7 @@ def mask_blocks(run: Pruning, pruner: MaskPruner, target: Target, surveyed: list
         write_masks(packed, {f"{prefix}{linear}.weight": _as_stored(mask, architecture.transposed) for linear, mask in masks.items()})
         importance = surveyed[index].importance if surveyed else None
         record: dict[str, Any] = facts(run, index, tensors, pruned, importance) | {"raised_damping": max(damping, default=None)}
-        run.state.finish_block(WALK, [shard, packed], record, next_input(run, hidden, index))
+        run.state.finish_block(WALK, [shard, packed], record, next_inputs(run, index, hidden))
         run.block_done(done + index + 1, len(stream) * walks(run, pruner))
     write_outer(run, len(stream))
     return [block["facts"] for block in run.state.blocks(WALK)]

@@ -35,11 +35,12 @@ from worker.pruners import bonsai
 from worker.pruners.base import StructuredPruner
 from worker.pruners.bonsai import Fit
 from worker.slicing import slice_kept
+from worker.state import ROUNDS
 from worker.structured import Keep
 from worker.survey import survey
 from worker.walk import Pruning, RoundStep
 
-WALK = "rounds"
+WALK = ROUNDS
 LEAST_MASKS = 8  # are evaluated whatever time they take
 FIRST_CHECK = 32  # masks after which a round is first asked whether its choice is stable
 
@@ -108,7 +109,7 @@ def choose_in_rounds(run: Pruning, pruner: StructuredPruner, method: Bonsai, tar
         number = len(records)
         left, facts = _round(rounds, number, left, goal)
         save_file({module.name: mask for module, mask in zip(rounds.modules, left, strict=True)}, _file(run, number))
-        run.state.finish_block(WALK, [_file(run, number)], facts, None)
+        run.state.finish_block(WALK, [_file(run, number)], facts)
         records = run.state.blocks(WALK)
     shutil.rmtree(_scratch(run), ignore_errors=True)
     keeps: list[Keep | None] = [*_keeps(rounds, left)]
@@ -217,7 +218,7 @@ def _round(rounds: Rounds, number: int, left: list[Tensor], goal: Goal) -> tuple
         return left, nothing
     modules = torch.arange(len(left)).repeat_interleave(torch.tensor([len(prior) for prior in priors]))
     costs = torch.tensor([module.cost for module in rounds.modules])[modules]
-    worth = torch.cat(bonsai.expected_worth(priors, [module.cost for module in rounds.modules]))
+    worth = torch.cat(bonsai.expected_worth(priors, candidates, [module.cost for module in rounds.modules]))
 
     def choose(weights: Tensor) -> Tensor:
         return _chosen(rounds, goal, weights, candidates, modules, costs)
@@ -234,7 +235,9 @@ def _round(rounds: Rounds, number: int, left: list[Tensor], goal: Goal) -> tuple
     fitted = None
     if method.masks:
         sampled = [bonsai.sampling(prior, mask) for prior, mask in zip(priors, candidates, strict=True)]
-        masks = bonsai.draw_masks(sampled, candidates, goal.fraction, method.masks // 2, _generator(rounds, number, 1), rounds.released)
+        masks = bonsai.draw_masks(
+            sampled, candidates, goal.fraction, method.masks // 2, _generator(rounds, number, 1), rounds.released, _kinds(rounds).tolist()
+        )
         perplexities = _evaluate(rounds, number, left, masks, pace, is_settled)
         fitted = weigh(perplexities)
     gone = choose(fitted.weights if fitted else (worth / costs if rounds.released else worth)[candidate])

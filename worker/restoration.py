@@ -15,10 +15,11 @@ RIDGE = 3.0
 MOST_RIDGE = 1e6  # of the mean diagonal; a matrix that needs more is no Gram matrix
 
 
-def refit(weight: Tensor, gram: Tensor, keep: Tensor, tokens: int, ridge: float = RIDGE) -> Tensor:
+def refit(weight: Tensor, gram: Tensor, keep: Tensor, tokens: int, ridge: float = RIDGE, more: Tensor | None = None) -> Tensor:
     """The kept columns of a linear's weight, changed so that they make up for the removed ones: (D, I), (I, I), (I,) bool -> (D, K), float32.
 
-    W' = W_K + W_P G_PK (G_KK + λI)⁻¹ minimises E‖W x - W' x_K‖² + λ‖W' - W_K‖². `gram` is the mean of x xᵀ over `tokens` tokens and is left as it is.
+    W' = W_K + (W_P G_PK + C_K) (G_KK + λI)⁻¹ minimises E‖W x + e - W' x_K‖² + λ‖W' - W_K‖², where e is what should come out besides, nothing unless `more`
+    is given. `gram` is the mean of x xᵀ over `tokens` tokens, `more` that of e xᵀ, C of (D, I); both are left as they are.
 
     λ = ridge · K / tokens · the mean diagonal of G. A coefficient's variance falls with the number of tokens and its size with that of the inputs that
     share the work, so the best λ is K (1 - R²) / (R² · tokens), where R² is how much of the removed part the kept ones can explain; R² of a quarter to a
@@ -36,6 +37,8 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, tokens: int, ridge: float 
         return of_kept
     rows = gram.index_select(0, kept)  # (K, I)
     lost = rows.index_select(1, removed) @ weight.index_select(1, removed).T  # (K, D)
+    if more is not None:
+        lost += more.index_select(1, kept).T
     share = ridge * len(kept) / max(tokens, 1)
     factor = _cholesky(rows.index_select(1, kept), share, mean)
     return of_kept + torch.cholesky_solve(lost, factor).T

@@ -6,13 +6,14 @@ Notation: C inputs of a linear.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from app.recipe import FLAP, LeastSquares, Scored
-from worker.calibration import InputStatistics, Statistic, forward, measuring
+from worker.calibration import Drift, HiddenStates, InputStatistics, Statistic, forward, measuring
 from worker.checkpoint import written_type
 from worker.choosing import Choice, keep_best
 from worker.pruners.base import StructuredPruner, Weights
@@ -20,7 +21,7 @@ from worker.pruners.flap import compensation
 from worker.restoration import refit
 from worker.structured import Keep, kept_columns, slice_block
 from worker.survey import Surveyed, dense_block, scored_inputs
-from worker.walk import Pruning, facts, hidden_states, next_input, read_block, stored, write_block, write_outer
+from worker.walk import Pruning, facts, hidden_states, next_inputs, read_block, stored, write_block, write_outer
 
 WALK = "prune"
 
@@ -70,19 +71,21 @@ def _one_at_least(mask: Tensor) -> Tensor:
 def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveyed], choice: Choice, done: Callable[[int], None]) -> list[dict[str, Any]]:
     """Walk the pruned model: run each dense block on what the pruned blocks before it give, choose anew and fit anew where asked, write, go on; the blocks' facts.
 
-    A refit aims at the dense block's outputs on the pruned model's own inputs.
+    A refit aims at the dense block's outputs on the pruned model's own inputs; one that takes back drift walks the dense model in step.
     """
     stream, architecture, method = run.stream, run.stream.architecture, run.recipe.method
     restoration = run.recipe.restoration
     wanted: frozenset[Statistic] = frozenset({"gram", "variance"}) if restoration else frozenset()
     hidden, arguments = hidden_states(run, WALK)
+    dense = _dense_beside(run, hidden)
     for index in range(len(run.state.blocks(WALK)), len(stream)):
         tensors, keep = read_block(run, index), choice.keeps[index]
         assert keep is not None
+        drift = None if dense is None else _past_dense_block(run, index, tensors, arguments[index], dense)
 
-        def measure(tensors: dict[str, Tensor], linears: list[str], index: int = index) -> dict[str, InputStatistics]:
+        def measure(tensors: dict[str, Tensor], linears: list[str], index: int = index, drift: Drift | None = drift) -> dict[str, InputStatistics]:
             block = stream.materialise(index, tensors)
-            with measuring(block, linears, wanted | pruner.statistics(method)) as inputs:
+            with measuring(block, linears, wanted | pruner.statistics(method)) as inputs, drift.measuring_pruned(block) if drift else nullcontext():
                 forward(block, arguments[index], hidden.open(index), None)
             stream.drop(index)
             return inputs
@@ -95,11 +98,11 @@ def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveye
         if isinstance(restoration, LeastSquares):
             output, behind = architecture.attention.output, [linear for linear in removed if linear != architecture.attention.output]
             if output in removed:
-                fitted = _fit(run, index, tensors, inputs, {output: removed[output]}, restoration)
+                fitted = _fit(run, index, tensors, inputs, {output: removed[output]}, restoration, None)
             if behind and keep.groups is not None and not keep.groups.all():  # the FFN is fitted on what the pruned attention leaves it
                 without_groups = slice_kept(run, index, tensors, Keep(groups=keep.groups))
                 inputs |= measure(stream.with_weights(without_groups, index, fitted), behind)
-            fitted |= _fit(run, index, tensors, inputs, {linear: removed[linear] for linear in behind}, restoration)
+            fitted |= _fit(run, index, tensors, inputs, {linear: removed[linear] for linear in behind}, restoration, drift)
         sliced = stream.with_weights(slice_kept(run, index, tensors, keep), index, fitted)
         means = {linear: inputs[linear].mean for linear in removed}
         sliced = _with_biases(run, choice, index, keep, tensors, sliced, means)
@@ -108,16 +111,46 @@ def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveye
             stream.drop(index)
         shard = write_block(run, index, len(stream), sliced)
         record = facts(run, index, tensors, sliced, surveyed[index].importance)
-        run.state.finish_block(WALK, [shard], record, next_input(run, hidden, index))
+        run.state.finish_block(WALK, [shard], record, next_inputs(run, index, hidden, dense))
         done(index)
     write_outer(run, len(stream))
     return [block["facts"] for block in run.state.blocks(WALK)]
 
 
-def _fit(run: Pruning, index: int, tensors: dict[str, Tensor], inputs: dict[str, InputStatistics], removed: dict[str, Tensor], config: LeastSquares) -> Weights:
+def _dense_beside(run: Pruning, hidden: HiddenStates) -> HiddenStates | None:
+    """The calibration set as the input of the dense model's next block, where the pruned model is to be drawn back to it."""
+    architecture, config, restoration = run.stream.architecture, run.stream.source.config, run.recipe.restoration
+    if not isinstance(restoration, LeastSquares) or not restoration.drift or not all(architecture.adds_ffn(config, index) for index in range(len(run.stream))):
+        return None
+    dense = HiddenStates(run.state.work, hidden.shape, "dense")
+    if not run.state.blocks(WALK):
+        dense.open(0).copy_(hidden.open(0))
+    return dense
+
+
+def _past_dense_block(run: Pruning, index: int, tensors: dict[str, Tensor], arguments: dict[str, Any], dense: HiddenStates) -> Drift:
+    """Walk the dense model past a block."""
+    drift = Drift(run.stream.architecture.mlp.down, HiddenStates(run.state.work, dense.shape, "before_ffn", files=1).open(index))
+    block = run.stream.materialise(index, tensors)
+    with drift.measuring_dense(block):
+        forward(block, arguments, dense.open(index), dense.open(index + 1))
+    run.stream.drop(index)
+    return drift
+
+
+def _fit(
+    run: Pruning,
+    index: int,
+    tensors: dict[str, Tensor],
+    inputs: dict[str, InputStatistics],
+    removed: dict[str, Tensor],
+    config: LeastSquares,
+    drift: Drift | None,
+) -> Weights:
     """New weights (C_out, kept) for linears whose inputs lost some."""
+    more = {} if drift is None else {drift.down: config.drift * drift.mean}
     return {
-        linear: refit(run.stream.weight(tensors, index, linear), inputs[linear].gram, kept, inputs[linear].tokens, config.ridge)
+        linear: refit(run.stream.weight(tensors, index, linear), inputs[linear].gram, kept, inputs[linear].tokens, config.ridge, more.get(linear))
         for linear, kept in removed.items()
     }
 

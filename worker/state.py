@@ -12,6 +12,8 @@ from typing import Any
 
 from app.exceptions import EspalierError
 
+ROUNDS = "rounds"  # the walk whose records are of rounds and not of blocks
+
 
 def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
@@ -21,8 +23,8 @@ def sha256_of(path: Path) -> str:
 class WalkState:
     """`state.json` in the work directory: a fingerprint of everything that the result depends on, for each walk a record of every finished block, and figures.
 
-    A record names the files that the block left (path relative to the work directory -> sha256) and the facts about it. The input of the next block is
-    verified too, where the walk computes one. A figure is what was measured once and is not measured again.
+    A record names the files that the block left (path relative to the work directory -> sha256) and the facts about it. What the next block reads is
+    verified too. A figure is what was measured once and is not measured again.
     """
 
     def __init__(self, work: Path, fingerprint: str) -> None:
@@ -73,7 +75,11 @@ class WalkState:
     @property
     def finished(self) -> int:
         """Blocks finished in all walks."""
-        return sum(len(blocks) for blocks in self._walks.values())
+        return sum(len(blocks) for walk, blocks in self._walks.items() if walk != ROUNDS)
+
+    @property
+    def finished_rounds(self) -> int:
+        return len(self.blocks(ROUNDS))
 
     def _load(self) -> str | None:
         try:
@@ -84,18 +90,21 @@ class WalkState:
         if fingerprint != self.fingerprint:
             return "the model, the recipe, the text or the code is another one"
         expected = {path: digest for blocks in walks.values() for block in blocks for path, digest in block["files"].items()}
-        expected.update(blocks[-1]["next_input"] for blocks in walks.values() if blocks[-1]["next_input"])
+        for blocks in walks.values():
+            expected |= blocks[-1]["next_inputs"]
         for path, digest in expected.items():
             if not (self.work / path).is_file() or sha256_of(self.work / path) != digest:
                 return f"{path} is damaged"
         self._walks, self._figures = walks, figures
         return None
 
-    def finish_block(self, walk: str, files: Sequence[Path], facts: dict[str, Any], next_input: tuple[str, str] | None) -> None:
-        """Record a block whose files are whole; `next_input` is (path, sha256) of the next block's input, None after the last."""
-        digests = {str(file.relative_to(self.work)): sha256_of(file) for file in files}
-        self._walks.setdefault(walk, []).append({"files": digests, "facts": facts, "next_input": next_input})
+    def finish_block(self, walk: str, files: Sequence[Path], facts: dict[str, Any], next_inputs: Sequence[Path] = ()) -> None:
+        """Record a block whose files are whole; `next_inputs` are files that the next block reads and may write over."""
+        self._walks.setdefault(walk, []).append({"files": self._digests(files), "facts": facts, "next_inputs": self._digests(next_inputs)})
         self._save()
+
+    def _digests(self, files: Sequence[Path]) -> dict[str, str]:
+        return {str(file.relative_to(self.work)): sha256_of(file) for file in files}
 
     def figure(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` gives (JSON), or gave in an earlier attempt."""

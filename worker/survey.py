@@ -20,7 +20,7 @@ from worker.blocks import RoutedExperts
 from worker.calibration import Distance, InputStatistics, Statistic, forward, measuring
 from worker.pruners import flap
 from worker.pruners.base import DenseBlock, MaskPruner, Pruner, StructuredPruner
-from worker.walk import Pruning, hidden_states, next_input, read_block
+from worker.walk import Pruning, hidden_states, next_inputs, read_block
 
 WALK = "survey"
 MEAN = "mean."  # before the name of the linear whose mean input it is
@@ -83,7 +83,7 @@ def survey(
         file = _file(run, walk, index)
         save_file({name: score.cpu().contiguous() for name, score in scores.items()}, file)
         record = {"importance": None if distance is None else moved, "outliers": outliers}
-        run.state.finish_block(walk, [file], record, next_input(run, hidden, index))
+        run.state.finish_block(walk, [file], record, next_inputs(run, index, hidden))
         done(index)
     return [_read(run, walk, index) for index in range(len(stream))]
 

@@ -79,11 +79,9 @@ def hidden_states(run: Pruning, walk: str) -> tuple[HiddenStates, list[dict[str,
     return hidden, run.stream.block_arguments(run.tokens.shape[1])
 
 
-def next_input(run: Pruning, hidden: HiddenStates | None, index: int) -> tuple[str, str] | None:
-    """Name and hash of the file that the block after `index` reads; None where no block comes after or none is needed."""
-    if hidden is None or index + 1 == len(run.stream):
-        return None
-    return hidden.path(index + 1).name, hidden.sha256(index + 1)
+def next_inputs(run: Pruning, index: int, *streams: HiddenStates | None) -> list[Path]:
+    """The files that the block after `index` reads."""
+    return [hidden.path(index + 1) for hidden in streams if hidden is not None and index + 1 < len(run.stream)]
 
 
 def read_block(run: Pruning, index: int) -> dict[str, Tensor]:

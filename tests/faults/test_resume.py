@@ -64,7 +64,7 @@ class Attempt:
 
     events: list[Event] = field(default_factory=list)
     at: list[float] = field(default_factory=list)  # seconds on a clock, of each event
-    walks: dict[str, int] = field(default_factory=dict)  # blocks on record after a kill
+    walks: dict[str, int] = field(default_factory=dict)  # records after a kill
 
     @property
     def messages(self) -> list[str]:
@@ -81,7 +81,19 @@ class Attempt:
 
     @property
     def finished(self) -> int:
-        return sum(self.walks.values())
+        """Blocks on record after a kill."""
+        return sum(self.walks.values()) - self.rounds
+
+    @property
+    def rounds(self) -> int:
+        return self.walks.get("rounds", 0)
+
+    @property
+    def done(self) -> list[str]:
+        """What the attempt after a kill should say first."""
+        counts = {"round": self.rounds, "block": self.finished}
+        parts = [f"{count} {unit}" if count == 1 else f"{count} {unit}s" for unit, count in counts.items() if count]
+        return [f"Goes on after {' and '.join(parts)} of an earlier attempt, all verified."] if parts else []
 
     def seconds_until(self, phase: str) -> float:
         """From the first event on."""
@@ -255,13 +267,13 @@ def one_change_after_another(given: Inputs, recipe: dict[str, Any], folder: Path
 def check_ended_as_undisturbed(chain: Ended, undisturbed: Ended) -> None:
     """The same files, the same report but for time and memory; each attempt went on where the one before it was; nothing is left."""
     assert hashes(chain.out / "checkpoint") == hashes(undisturbed.out / "checkpoint")
-    varying = {"seconds", "resumed_at_block", "peak_memory_bytes"}
+    varying = {"seconds", "resumed_at_block", "resumed_at_round", "peak_memory_bytes"}
     assert chain.report.model_dump(exclude=varying) == undisturbed.report.model_dump(exclude=varying)
     assert chain.report.resumed_at_block == (chain.killed[-1].finished or None)
+    assert chain.report.resumed_at_round == (chain.killed[-1].rounds or None)
     for earlier, later in zip(chain.killed, [*chain.killed[1:], chain.last], strict=True):
-        goes_on = [f"Goes on after {earlier.finished} blocks of an earlier attempt, which were verified."] if earlier.finished else []
-        assert [message for message in later.messages if not message.startswith("A try")] in (goes_on, [])
-        assert not goes_on or len(later.phases) < 2 or goes_on[0] in later.messages
+        assert [message for message in later.messages if not message.startswith("A try")] in (earlier.done, [])
+        assert not earlier.done or len(later.phases) < 2 or earlier.done[0] in later.messages
         assert "evaluate_dense" not in later.phases or "prune" not in earlier.phases  # what was measured is not measured again
     assert not chain.work.exists()
     assert sorted(entry.name for entry in chain.out.iterdir()) == ["checkpoint", "report.json"]
@@ -298,7 +310,7 @@ def test_rounds_that_are_killed_end_as_undisturbed_ones(chains: dict[str, Future
     check_ended_as_undisturbed(chain, undisturbed)
     told = [(event["round"], event["done"]) for event in undisturbed.last.events if "eta_seconds" in event]
     assert [each for each in told if each[1]] == [(number, done) for number in (1, 2) for done in range(1, 11)]
-    of_rounds = [attempt.walks.get("rounds", 0) for attempt in chain.killed]
+    of_rounds = [attempt.rounds for attempt in chain.killed]
     assert of_rounds[:2] == [0, 0]
     assert of_rounds[3:] == [1, 2]
 
@@ -356,7 +368,7 @@ def test_a_removal_that_is_broken_off_can_be_gone_on_with(tmp_path: Path) -> Non
     shard = work / "checkpoint" / "shard"
     shard.parent.mkdir()
     shard.write_bytes(b"weights")
-    state.finish_block("prune", [shard], {}, None)
+    state.finish_block("prune", [shard], {})
     shutil.rmtree(shard.parent)
     again = WalkState.open(work, "job")
     assert again.refused == "checkpoint/shard is damaged"

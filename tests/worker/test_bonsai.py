@@ -49,10 +49,11 @@ def test_priors_of_a_linears_inputs(kind: str, expected: list[float]) -> None:
     assert score(weight, inputs, kind).tolist() == (pytest.approx(expected) if kind == "activation" else [0, 0, 0])
 
 
-def test_expected_worth_is_parameters_times_the_prior_by_its_module_s_mean() -> None:
-    priors = [torch.tensor([1.0, 3.0]), torch.tensor([200.0, 400.0]), torch.zeros(2), torch.zeros(0), torch.tensor([5.0, 0.0])]
-    found = bonsai.expected_worth(priors, [3, 100, 100, 100, 3])
-    expected = [[1.5, 4.5], [200 / 3, 400 / 3], [100.0, 100.0], [], [6.0, 0.0]]
+def test_expected_worth_is_parameters_times_the_prior_by_the_mean_of_its_module_s_candidates() -> None:
+    priors = [torch.tensor([1.0, 3.0, 90.0]), torch.tensor([200.0, 400.0]), torch.zeros(2), torch.zeros(0), torch.tensor([5.0, 0.0]), torch.ones(1)]
+    chosen = [torch.tensor(which, dtype=torch.bool) for which in ([1, 1, 0], [1, 0], [1, 1], [], [0, 1], [0])]
+    found = bonsai.expected_worth(priors, chosen, [3, 100, 100, 100, 3, 7])
+    expected = [[1.5, 4.5, 135.0], [100.0, 200.0], [100.0, 100.0], [], [3.0, 3.0], [7.0]]
     assert [worth.tolist() for worth in found] == [pytest.approx(values) for values in expected]
 
 
@@ -121,6 +122,18 @@ def test_only_released_masks_tie_modules_together() -> None:
     assert torch.linalg.matrix_rank(masks.double() - 0.5) == 6
 
 
+def test_what_a_pair_differs_in_tells_what_each_kind_is_worth() -> None:
+    modules, kinds = 20, [0, 1] * 10
+    chosen = [torch.ones(6, dtype=torch.bool)] * modules
+    uniform = [torch.full((6,), 1 / 6, dtype=torch.float64)] * modules
+    masks = draw_masks(uniform, chosen, 0.5, 4000, seeded(), kinds=kinds)
+    differences = (masks[1::2].double() - masks[::2].double()).view(4000, modules, 6).sum(dim=2)  # (pairs, modules)
+    of_kinds = torch.stack([differences[:, kind::2].sum(dim=1) for kind in (0, 1)])
+    assert differences.mean(dim=0).abs().max() < 0.3
+    assert (of_kinds.var(dim=1) / differences.var(dim=0).view(10, 2).sum(dim=0)).min() > 2  # 1 if modules were drawn one by one
+    assert abs(float(torch.corrcoef(of_kinds)[0, 1])) < 0.06
+
+
 def test_a_module_with_few_units_loses_the_share_of_a_round_on_average() -> None:
     single = torch.tensor([False, False, True])
     masks = draw_masks([single.double()], [single], 0.05, 20_000, seeded())
@@ -159,34 +172,44 @@ def problem(pairs: int, sizes: tuple[int, ...] = (20, 12, 1, 1), seed: int = 0) 
     prior = torch.rand(len(modules), generator=generator, dtype=torch.float64) + 0.2
     of_module = torch.rand(len(sizes), generator=generator, dtype=torch.float64) * 3
     true = prior * (of_module[modules] + torch.rand(len(modules), generator=generator, dtype=torch.float64))
-    all_candidates = [torch.ones(size, dtype=torch.bool) for size in sizes]
-    masks = draw_masks([mask / mask.sum(dtype=torch.float64) for mask in all_candidates], all_candidates, 0.5, pairs, generator)
+    columns = []
+    for size in sizes:  # what a pair shares is drawn for each module alone
+        rank = torch.rand(pairs, size, generator=generator, dtype=torch.float64).argsort(dim=1).argsort(dim=1)
+        keep = rank >= torch.randint(size + 1, (pairs, 1), generator=generator)
+        keep ^= torch.randint(2, (pairs, 1), generator=generator).bool()
+        columns.append(torch.stack((keep, ~keep), dim=1).flatten(0, 1))
+    masks = torch.cat(columns, dim=1)
     noise = 0.05 * torch.randn(2 * pairs, generator=generator, dtype=torch.float64)
     return masks, masks.double() @ true + noise - 3, prior, modules, true
 
 
 def test_variances_are_those_under_which_the_utilities_are_likeliest() -> None:
     generator = seeded()
-    by_module, units = (torch.randn(24, count, generator=generator, dtype=torch.float64) for count in (3, 40))
+    by_module, units = (torch.randn(24, count, generator=generator, dtype=torch.float64) for count in (20, 40))
     wide, own = torch.full((24, 24), 50.0, dtype=torch.float64), units @ units.T / 40
+    modules = by_module @ by_module.T / 20
     noise = torch.randn(24, generator=generator, dtype=torch.float64)
-    y = by_module @ torch.tensor([3.0, 0.5, 0.0], dtype=torch.float64) + units @ torch.randn(40, generator=generator, dtype=torch.float64) / 10 + 0.3 * noise
+    of_units = torch.randn(40, generator=generator, dtype=torch.float64) / 10
+    y = by_module @ torch.tensor([9.0, *[0.4, -0.3, 0.2, 0.5] * 4, 0.1, 0.3, -0.4], dtype=torch.float64) + units @ of_units + 0.3 * noise
     y = y / y.square().mean().sqrt()
 
-    def likelihood(of_modules: Tensor, of_own: Tensor, of_noise: Tensor) -> float:
-        covariance = wide + (by_module * of_modules) @ by_module.T + of_own * own + of_noise * torch.eye(24, dtype=torch.float64)
+    def likelihood(of_parts: Tensor, of_modules: Tensor, of_noise: Tensor) -> float:
+        parts = of_parts[0] * modules + of_parts[1] * own
+        covariance = wide + parts + (by_module * of_modules) @ by_module.T + of_noise * torch.eye(24, dtype=torch.float64)
         return float(torch.distributions.MultivariateNormal(torch.zeros(24, dtype=torch.float64), covariance).log_prob(y))
 
-    of_modules, of_own, of_noise = likeliest_variances(y, wide, by_module, own)
-    best = likelihood(of_modules, of_own, of_noise)
+    of_parts, of_modules, of_noise = likeliest_variances(y, wide, torch.stack((modules, own)), by_module)
+    assert of_modules[0] > 0.3
+    assert not of_modules[1:].any()
+    best = likelihood(of_parts, of_modules, of_noise)
+    assert best > likelihood(of_parts, torch.zeros(20, dtype=torch.float64), of_noise) + 5
     for factor in (0.8, 1.25):
-        for module in range(3):
-            other = of_modules.clone()
-            other[module] *= factor
-            assert likelihood(other, of_own, of_noise) <= best + 1e-3
-        assert likelihood(of_modules, of_own * factor, of_noise) <= best + 1e-3
-        assert likelihood(of_modules, of_own, of_noise * factor) <= best + 1e-3
-    assert of_modules[0] > 0.3 > of_modules[1] > of_modules[2]
+        for part in (0, 1):
+            other = of_parts.clone()
+            other[part] *= factor
+            assert likelihood(other, of_modules, of_noise) <= best + 1e-3
+        assert likelihood(of_parts, of_modules * factor, of_noise) <= best + 1e-3
+        assert likelihood(of_parts, of_modules, of_noise * factor) <= best + 1e-3
 
 
 def test_a_module_that_breaks_the_model_does_not_unsettle_the_others() -> None:
@@ -196,7 +219,7 @@ def test_a_module_that_breaks_the_model_does_not_unsettle_the_others() -> None:
     modules, kinds = torch.arange(20).repeat_interleave(sizes), torch.tensor([0] * 10 + [1] * 10).repeat_interleave(sizes)
     prior = torch.rand(len(modules), generator=generator, dtype=torch.float64) + 0.2
     chosen = [torch.ones(size, dtype=torch.bool) for size in sizes.tolist()]
-    masks = draw_masks([mask / mask.sum(dtype=torch.float64) for mask in chosen], chosen, 0.5, 20, generator)
+    masks = draw_masks([mask / mask.sum(dtype=torch.float64) for mask in chosen], chosen, 0.5, 20, generator, kinds=[0] * 10 + [1] * 10)
     true = 0.01 * prior
     breaks = int((modules == 13).nonzero())
     true[breaks] = 2.0
@@ -207,23 +230,27 @@ def test_a_module_that_breaks_the_model_does_not_unsettle_the_others() -> None:
     assert float(kendall_tau(weights[channels].unsqueeze(0), true[channels])) > 0.7
 
 
-def test_the_weights_are_the_posterior_s_mean() -> None:
+def test_weights_are_the_posterior_s_mean_and_what_is_doubted_of_the_module() -> None:
     """Against the same normal prior written out with one coefficient a kind, a module and a unit."""
     masks, y, prior, modules, _ = problem(6)
-    kinds = (modules > 1).long()
+    kinds, kind_of = (modules > 1).long(), torch.tensor([0, 0, 1, 1])
     x = (masks[::2].double() - masks[1::2].double()) / 2 * prior
     differences = (y[::2] - y[1::2]) / 2
     spread = differences.square().mean().sqrt()
     by_kind, by_module = (x @ torch.nn.functional.one_hot(groups).double() for groups in (kinds, modules))
-    kind_size, module_size = (summed.square().mean(dim=0).sqrt() for summed in (by_kind, by_module))
-    own_size = (x @ x.T).diagonal().mean()
-    wide = 100 * (by_kind / kind_size) @ (by_kind / kind_size).T
-    of_modules, of_own, noise = likeliest_variances(differences / spread, wide, by_module / module_size, x @ x.T / own_size)
-    variances = torch.cat((100 / kind_size**2, of_modules / module_size**2, (of_own / own_size).expand(len(prior))))
-    features = torch.cat((by_kind, by_module, x), dim=1) * variances.sqrt()
-    system = features.T @ features + noise * torch.eye(features.shape[1], dtype=torch.float64)
-    of_kind, of_module, of_unit = (torch.linalg.solve(system, features.T @ differences) * variances.sqrt()).split((2, len(module_size), len(prior)))
-    expected = prior * (of_kind.clamp_min(0)[kinds] + of_module[modules] + of_unit).clamp_min(0)
+    of_kind, of_module = by_kind.square().mean(dim=0), by_module.square().mean(dim=0)
+    together = torch.stack((of_module[:2].sum(), of_module[2:].sum()))
+    own = (x @ x.T).diagonal().mean()
+    parts = [by_module[:, :2] @ by_module[:, :2].T / together[0], by_module[:, 2:] @ by_module[:, 2:].T / together[1], x @ x.T / own]
+    wide = 100 * by_kind / of_kind @ by_kind.T
+    found, alone, noise = likeliest_variances(differences / spread, wide, torch.stack(parts), by_module / of_module.sqrt())
+    variances = torch.cat((100 / of_kind, found[kind_of] / together[kind_of] + alone / of_module, (found[2] / own).expand(len(prior))))
+    features = torch.cat((by_kind, by_module, x), dim=1)
+    covariance = torch.linalg.inv(features.T @ features / noise + torch.diag(1 / variances.clamp_min(1e-30)))
+    means = (covariance @ features.T @ differences / spread / noise).split((2, 4, len(prior)))
+    both = [torch.nn.functional.one_hot(torch.tensor([kind, 2 + module]), len(variances)).sum(dim=0).double() for module, kind in enumerate(kind_of.tolist())]
+    doubt = torch.stack([(which @ covariance @ which).sqrt() for which in both])
+    expected = spread * prior * ((means[0].clamp_min(0)[kinds] + means[1][modules] + means[2]).clamp_min(0) + doubt[modules])
     torch.testing.assert_close(fit(masks, y, prior, modules, kinds).weights, expected, rtol=1e-4, atol=1e-6)
 
 

@@ -550,6 +550,22 @@ def test_least_squares_brings_outputs_nearer_to_the_dense_blocks(model_type: str
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_an_ffn_takes_back_what_the_blocks_before_it_lost(text: Path, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "dense", "llama")
+    recipe = recipe_of("cfsp", 0.4, text)
+    tokens = random_windows(tokenize(folder, str(text), {}), recipe.calibration)
+    errors = []
+    for drift in (0.0, 1.0):
+        restored = recipe_of("cfsp", 0.4, text, restoration={"name": "least_squares", "ridge": 0.1, "drift": drift})
+        result, pruned = prune_folder(folder, restored, tmp_path / str(drift))
+        check_result(folder, result, pruned, tmp_path / f"scratch-{drift}")
+        with torch.no_grad():
+            states = [load_model(place)(tokens, output_hidden_states=True).hidden_states[1:3] for place in (folder, pruned.folder)]
+        errors.append([float((dense - left).square().mean()) for dense, left in zip(*states, strict=True)])
+    assert errors[1][0] == pytest.approx(errors[0][0])  # nothing is lost before the first
+    assert errors[1][1] < 0.95 * errors[0][1]
+
+
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
 def test_swaps_bring_outputs_nearer_to_the_dense_blocks(sparsity: Any, text: Path, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "dense", "qwen2")
@@ -617,6 +633,16 @@ def test_state_that_does_not_belong_or_is_damaged_is_not_gone_on_with(text: Path
         assert state.refused
         assert [entry.name for entry in copy.iterdir()] == ["state.json"]
     assert WalkState.open(work, recipe.model_dump_json()).finished == 2
+
+
+def test_a_damaged_input_of_the_dense_model_is_not_gone_on_with(text: Path, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "dense", "llama")
+    recipe = recipe_of("cfsp", 0.5, text, restoration="least_squares")
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(folder, recipe, tmp_path / "work", stop_after=LAYERS + 1)
+    with (tmp_path / "work" / "dense.1.bin").open("r+b") as stream:
+        stream.write(b"?")
+    assert WalkState.open(tmp_path / "work", recipe.model_dump_json()).refused == "dense.1.bin is damaged"
 
 
 def test_weights_with_nan_are_refused(tmp_path: Path, text: Path) -> None:

@@ -153,7 +153,13 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
             candidates.append(candidate & (len(prior) > 1) & (cost <= budget))
         generator = torch.Generator().manual_seed(number * 3 + 1)
         masks = bonsai.draw_masks(
-            [bonsai.sampling(*each) for each in zip(priors, candidates, strict=True)], candidates, budget / (whole - removed), 6, generator
+            [bonsai.sampling(*each) for each in zip(priors, candidates, strict=True)],
+            candidates,
+            budget / (whole - removed),
+            6,
+            generator,
+            False,
+            [0, 1] * LAYERS,
         )
         perplexities = []
         for place, mask in enumerate(masks):
@@ -162,7 +168,8 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
             assert perplexities[-1] == pytest.approx(perplexity_with(model, tokens, sub_model), rel=1e-4)
         chosen = torch.cat(candidates)
         modules = torch.cat([torch.full((len(prior),), place) for place, prior in enumerate(priors)])[chosen]
-        worth = torch.cat([cost * prior / prior.mean() for prior, cost in zip(priors, costs, strict=True)])[chosen]
+        relative = [prior / prior[which].mean() if which.any() else prior / prior for prior, which in zip(priors, candidates, strict=True)]
+        worth = torch.cat([cost * each for each, cost in zip(relative, costs, strict=True)])[chosen]
         weights = bonsai.fit(masks[:, chosen], -torch.tensor(perplexities, dtype=torch.float64).log(), worth, modules, modules % 2).weights
         kept = torch.ones_like(chosen)
         kept[chosen] = ~bonsai.select(weights, torch.tensor(costs)[modules], modules, [len(prior) - 1 for prior in priors], budget)
@@ -172,9 +179,9 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
         if rest >= 3 * HIDDEN:
             assert rest < costs[1]
             places = [
-                (float(prior[unit] / prior.mean()), module, unit)
-                for module, prior in enumerate(priors)
-                for unit in range(len(prior))
+                (float(each[unit]), module, unit)
+                for module, each in enumerate(relative)
+                for unit in range(len(each))
                 if not module % 2 and not candidates[module][unit]
             ]
             _, module, unit = min(places)

@@ -28,12 +28,12 @@ def weight_of(outputs: int, inputs: int) -> Tensor:
 KEEP = torch.tensor([True, False, True, True, False, True, True, False, True, True])
 
 
-def least_squares(weight: Tensor, x: Tensor, keep: Tensor, penalty: float) -> Tensor:
-    """argmin ‖W x - W' x_K‖² / tokens + penalty · ‖W' - W_K‖², as one least-squares problem with extra rows, in float64."""
+def least_squares(weight: Tensor, x: Tensor, keep: Tensor, penalty: float, besides: Tensor | float = 0.0) -> Tensor:
+    """argmin ‖W x + besides - W' x_K‖² / tokens + penalty · ‖W' - W_K‖², as one least-squares problem with extra rows, in float64."""
     x, weight = x.double(), weight.double()
     kept = x[:, keep] / len(x) ** 0.5
     rows = torch.cat([kept, penalty**0.5 * torch.eye(kept.shape[1], dtype=torch.float64)])
-    values = torch.cat([x @ weight.T / len(x) ** 0.5, penalty**0.5 * weight[:, keep].T])
+    values = torch.cat([(x @ weight.T + besides) / len(x) ** 0.5, penalty**0.5 * weight[:, keep].T])
     solution: Tensor = torch.linalg.lstsq(rows, values).solution
     return solution.T
 
@@ -43,6 +43,15 @@ def test_refit_solves_the_penalised_least_squares_problem(ridge: float) -> None:
     x, weight = correlated(200, 10), weight_of(6, 10)
     penalty = ridge * 7 / 200 * float(x.double().square().mean())
     torch.testing.assert_close(refit(weight, gram_of(x), KEEP, 200, ridge).double(), least_squares(weight, x, KEEP, penalty), rtol=1e-3, atol=1e-3)
+
+
+def test_what_should_come_out_besides_is_fitted_too() -> None:
+    x, weight = correlated(200, 10), weight_of(6, 10)
+    besides = (x[:, :4] @ torch.randn(4, 6, generator=torch.Generator().manual_seed(3)) + torch.randn(200, 6)).double()
+    more = (besides.T @ x.double() / 200).float()
+    penalty = 0.5 * 7 / 200 * float(x.double().square().mean())
+    restored = refit(weight, gram_of(x), KEEP, 200, 0.5, more)
+    torch.testing.assert_close(restored.double(), least_squares(weight, x, KEEP, penalty, besides), rtol=1e-3, atol=1e-3)
 
 
 def test_whole_groups_of_inputs_can_go() -> None:

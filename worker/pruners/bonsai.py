@@ -5,13 +5,13 @@ candidates; masks remove some of them; a linear model from masks to utilities gi
 
 `released=True` is the authors' code. What differs by default, and why:
 
-- Any number of a module's candidates is removed together, drawn anew for each module and pair. The released masks remove half of each module's candidates each
-  time, so no linear model can tell one module's units from another's; and where a module has one candidate, as attention with few KV groups has, all such
-  modules lose theirs in the same masks.
+- Any number of a module's candidates is removed together, drawn anew for each module and pair, and in some pairs most modules of a kind lose more in the same
+  mask. The released masks remove half of each module's candidates each time, so no linear model can tell one module's units, or one kind's, from another's; and
+  where a module has one candidate, as attention with few KV groups has, all such modules lose theirs in the same masks.
 - The utility is -log perplexity; -perplexity is a regression on its outliers.
 - Where a module's candidates are more than 2p of it, as one of three KV groups is, most masks spare it: a sub-model without half of all those is too far from
   what a round may leave for its utility to tell of anything else.
-- The linear model shrinks towards the prior, module by module as far as the masks speak: masks are far fewer than candidates.
+- The linear model shrinks towards the prior as far as the masks are silent, and doubts what they hardly say: masks are far fewer than candidates.
 - Candidates are ranked by weight per parameter: a KV group holds a hundred times what a channel does.
 - A module keeps its last unit: one has to be stored for the model to load, so nothing would be saved.
 
@@ -40,7 +40,9 @@ from worker.pruners.base import DenseBlock, StructuredPruner, Unit, units_of
 FOLDS = 5
 MOST_PERPLEXITY = 1e8  # a broken sub-model's
 KIND_SPREAD = 100.0  # variance of a kind's slope before anything is known, in variances of the utilities: any slope is possible
-EVIDENCE_STEPS = 200
+EVIDENCE_STEPS = 400
+SETTLING = 20  # steps after which a module may get a variance of its own …
+OUTLIER = 9.0  # … if so many times what its kind's explains is in the utilities
 LEAST_NOISE = 1e-9  # of the utilities' variance
 
 # The authors' grid and training.
@@ -72,14 +74,16 @@ def score(weight: Tensor, inputs: InputStatistics, kind: str) -> Tensor:
     return values if values.isfinite().all() else torch.zeros_like(values)
 
 
-def expected_worth(priors: Sequence[Tensor], costs: Sequence[int]) -> list[Tensor]:
-    """Priors (n,) of modules, made comparable: parameters times the prior by its module's mean. All float64.
+def expected_worth(priors: Sequence[Tensor], candidates: Sequence[Tensor], costs: Sequence[int]) -> list[Tensor]:
+    """Priors (n,) of modules, made comparable: parameters times the prior by its mean over the module's candidates, (n,) bool. All float64.
 
-    Priors as they are can't be compared between blocks: where hidden states are small, all units would seem worthless, and the first blocks would go.
-    What whole modules are worth is left to the sub-models to tell. A module without any prior has units of equal worth.
+    What whole modules are worth is left to the sub-models to tell. Priors as they are would say that the first blocks are worthless, where hidden states are small;
+    priors by the mean of a whole module, that the last are, where a few large units make that mean. Candidates without any prior are of equal worth.
     """
+    means = [own[which].double().mean() if own[which].any() else None for own, which in zip(priors, candidates, strict=True)]
     return [
-        cost * (own.double() / own.double().mean() if own.any() else torch.ones_like(own, dtype=torch.float64)) for own, cost in zip(priors, costs, strict=True)
+        cost * (torch.ones_like(own, dtype=torch.float64) if mean is None else own.double() / mean)
+        for own, mean, cost in zip(priors, means, costs, strict=True)
     ]
 
 
@@ -130,15 +134,20 @@ def draw_masks(
     pairs: int,
     generator: torch.Generator,
     released: bool = False,
+    kinds: Sequence[int] | None = None,
 ) -> Tensor:
     """Random masks in pairs: of each module's candidates, what one of a pair removes, the other keeps. Each (n,), each (n,) bool -> (2·pairs, U) bool.
 
-    A pair draws k of a module's candidates without replacement. By default k is anything from none to all, and a coin decides which of the two loses them; where
-    the candidates are more than 2p of a module, as one of three KV groups is, only so many pairs touch it that p of it is removed on average. As released,
-    k = int(p·n) + 1, at most all candidates, and the first of each pair loses them. Fixed units always stay. All tensors are the CPU's.
+    A pair draws k of a module's candidates without replacement. By default k is anything from half to all, and a coin decides which of the two loses them. The
+    coins of one kind of module (`kinds`: each module's number; None: all are alike) are equally unfair within a pair, by a share drawn for it from 0 to 1: with
+    fair ones both masks would remove about as much of a kind as a whole, and nothing would tell what it is worth. Where the candidates are more than 2p of a
+    module, as one of three KV groups is, only so many pairs touch it that p of it is removed on average. As released, k = int(p·n) + 1, at most all candidates,
+    and the first of each pair loses them. Fixed units always stay. All tensors are the CPU's.
     """
+    kinds = kinds or [0] * len(candidates)
+    lean = torch.rand(pairs, max(kinds) + 1, generator=generator)
     columns = []
-    for probability, candidate in zip(probabilities, candidates, strict=True):
+    for probability, candidate, kind in zip(probabilities, candidates, kinds, strict=True):
         count = int(candidate.sum())
         # The k smallest of Exp(1) / q are k draws without replacement (Efraimidis and Spirakis 2006).
         keys = torch.empty(pairs, count, dtype=torch.float64).exponential_(generator=generator) / probability[candidate]
@@ -147,8 +156,8 @@ def draw_masks(
         if released:
             keep = rank >= int(prune_fraction * len(candidate)) + 1  # (pairs, candidates of the module)
         else:
-            keep = rank >= torch.randint(count + 1, (pairs, 1), generator=generator)
-            keep ^= torch.randint(2, (pairs, 1), generator=generator).bool()
+            keep = rank >= torch.randint((count + 1) // 2, count + 1, (pairs, 1), generator=generator)
+            keep ^= torch.rand(pairs, 1, generator=generator) >= lean[:, kind : kind + 1]
         both = torch.stack((keep, ~keep), dim=1)  # (pairs, 2, candidates of the module)
         touched = 2 * prune_fraction * len(candidate) / max(count, 1)
         if not released and touched < 1:
@@ -177,11 +186,11 @@ def kendall_tau(one: Tensor, other: Tensor) -> Tensor:
 def fit(masks: Tensor, utility: Tensor, prior: Tensor, modules: Tensor, kinds: Tensor) -> Fit:
     """Linear regression of utilities on masks that shrinks towards the prior: (M, C) bool, (M,), (C,), (C,) long, (C,) long -> what each candidate is worth.
 
-    weight = prior · (a_kind + d_module + d_own): a slope of each kind, not penalised but never negative; then deviations of whole modules and of single units
-    from it, normal with mean 0. Each module's deviation has a variance of its own, all units' have one, and all are those that make the utilities likeliest
-    (sparse Bayesian learning; Tipping 2001): where the masks tell nothing of a module, its variance goes to 0, while one that breaks the model keeps a large one.
-    A ridge of one strength can't do both: among SmolLM2-135M's 60 modules one makes 98 % of the utilities' variance. No weight is negative: to lose a unit
-    hardly ever helps, and where it seems to, that is mostly noise.
+    weight = prior · (a_kind + d_module + d_own + s_module): a slope of each kind, not penalised but never negative; then deviations of whole modules and of single
+    units from it, normal with mean 0; last, one standard deviation of a + d_module, so that no module goes because noise makes it look worthless: the least of
+    many uncertain estimates is mostly the luckiest. Deviations have one variance for the modules of each kind and one for all units, those that make the
+    utilities likeliest (sparse Bayesian learning; Tipping 2001). A module that breaks the model has a variance of its own besides: among SmolLM2-135M's 60
+    one makes 98 % of the utilities' variance. No weight is negative: to lose a unit hardly ever helps, and where it seems to, that is mostly noise.
 
     Only differences within pairs count: as one mask is the other's complement, all that is linear in the masks is in them, and what two removals do only
     together, which is no candidate's own worth, cancels.
@@ -210,7 +219,7 @@ def _halved_differences(values: Tensor) -> Tensor:
 
 
 def _likeliest(x: Tensor, y: Tensor, prior: Tensor, modules: Tensor, kinds: Tensor) -> Tensor:
-    """Differences (P, C) and (P,), then (C,), (C,), (C,) -> the posterior mean of each candidate's weight, (C,)."""
+    """Differences (P, C) and (P,), then (C,), (C,), (C,) -> each candidate's weight, (C,)."""
     tiny = torch.finfo(x.dtype).tiny
     x = x * prior
     spread = y.square().mean().sqrt()
@@ -218,42 +227,54 @@ def _likeliest(x: Tensor, y: Tensor, prior: Tensor, modules: Tensor, kinds: Tens
         return prior
     y = y / spread
 
-    def sums(groups: Tensor) -> tuple[Tensor, Tensor]:
-        """The differences' sums over groups of candidates, (P, groups), each to a mean square of 1; and what they were divided by."""
-        summed = x.new_zeros(len(x), int(groups.max()) + 1).index_add_(1, groups, x)
-        size = summed.square().mean(dim=0).sqrt()
-        return summed / size.clamp_min(tiny), size
+    def sums(groups: Tensor) -> Tensor:
+        """The differences' sums over groups of candidates, (P, groups)."""
+        return x.new_zeros(len(x), int(groups.max()) + 1).index_add_(1, groups, x)
 
-    (by_kind, kind_size), (by_module, module_size) = sums(kinds), sums(modules)
-    own = x @ x.T
-    own_size = own.diagonal().mean().clamp_min(tiny)
-    own = own / own_size
-    wide = KIND_SPREAD * by_kind @ by_kind.T
-    of_modules, of_own, noise = likeliest_variances(y, wide, by_module, own)
-    covariance = wide + (by_module * of_modules) @ by_module.T + of_own * own + noise * torch.eye(len(y), dtype=y.dtype, device=y.device)
-    dual = torch.linalg.solve(covariance, y)  # (P,)
-    slope = (KIND_SPREAD * (by_kind.T @ dual) / kind_size.clamp_min(tiny)).clamp_min(0)
-    of_module = of_modules * (by_module.T @ dual) / module_size.clamp_min(tiny)
-    relative = slope[kinds] + of_module[modules] + of_own / own_size * (dual @ x)
-    weights: Tensor = spread * prior * (relative.clamp_min(0) + 1e-12)  # where nothing is learned, the prior ranks
+    by_kind, by_module = sums(kinds), sums(modules)
+    kind_of = torch.zeros(by_module.shape[1], dtype=torch.long, device=x.device).index_copy_(0, modules, kinds)
+    # What each component is divided by gives it a mean square of 1, so that its variance is its share in that of y.
+    of_kind = by_kind.square().mean(dim=0)
+    wide = torch.where(of_kind > 0, KIND_SPREAD / of_kind, 0)  # (kinds,)
+    alone = by_module.square().mean(dim=0).clamp_min(tiny)  # (modules,)
+    together = alone.new_zeros(len(wide)).index_add_(0, kind_of, alone)[kind_of]  # (modules,), of all of the module's kind
+    of_own = x.square().sum(dim=1).mean().clamp_min(tiny)
+    parts = [(by_module * (kind_of == kind) / together) @ by_module.T for kind in range(len(wide))] + [x @ x.T / of_own]
+    of_parts, of_modules, noise = likeliest_variances(y, (by_kind * wide) @ by_kind.T, torch.stack(parts), by_module / alone.sqrt())
+
+    deviation = of_parts[:-1][kind_of] / together + of_modules / alone  # (modules,), variances from here on
+    covariance = (by_kind * wide) @ by_kind.T + (by_module * deviation) @ by_module.T + of_parts[-1] * parts[-1] + noise * torch.eye(len(y)).to(y)
+    inverse = torch.linalg.inv(covariance)
+    dual = inverse @ y  # (P,)
+    slope = (wide * (by_kind.T @ dual)).clamp_min(0)
+    relative = slope[kinds] + (deviation * (by_module.T @ dual))[modules] + of_parts[-1] / of_own * (dual @ x)
+    with_module = (by_kind * wide)[:, kind_of] + by_module * deviation  # (P, modules), covariances of the differences with a module's slope
+    unsure = (wide[kind_of] + deviation - (with_module * (inverse @ with_module)).sum(dim=0)).clamp_min(0).sqrt()  # (modules,)
+    weights: Tensor = spread * prior * (relative.clamp_min(0) + unsure[modules] + 1e-12)  # where nothing is learned, the prior ranks
     return weights
 
 
-def likeliest_variances(y: Tensor, wide: Tensor, by_module: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Variances v (modules,), u and σ² under which y (P,), of mean square 1 and covariance wide + Σ v_m x_m x_mᵀ + u·own + σ²·I, is likeliest: all are positive.
+def likeliest_variances(y: Tensor, wide: Tensor, parts: Tensor, by_module: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Variances v (S,), u (modules,) and σ² under which y (P,), of mean square 1 and covariance wide + Σ v_s K_s + Σ u_m x_m x_mᵀ + σ²·I, is likeliest.
 
-    wide, own: (P, P). by_module: (P, modules), the x_m. In every step a variance grows by the root of how much more of its component y holds than
-    is expected, which is 1 where the likelihood no longer rises (MacKay 1992).
+    wide: (P, P); parts: (S, P, P), the K_s; by_module: (P, modules), the x_m. u is 0 but for modules of which y holds more than OUTLIER times what is expected of
+    their kind: as many variances as modules would be fitted to noise. In every step a variance grows by the root of how much more of its component y holds
+    than is expected, which is 1 where the likelihood no longer rises (MacKay 1992).
     """
     tiny = torch.finfo(y.dtype).tiny
-    noise, of_own, of_modules = y.new_tensor(0.5), y.new_tensor(0.25), y.new_full((by_module.shape[1],), 0.25)
-    for _ in range(EVIDENCE_STEPS):
-        inverse = torch.linalg.inv(wide + (by_module * of_modules) @ by_module.T + of_own * own + noise * torch.eye(len(y), dtype=y.dtype, device=y.device))
+    noise, of_parts, of_modules = y.new_tensor(0.5), y.new_full((len(parts),), 0.25), y.new_zeros(by_module.shape[1])
+    for step in range(EVIDENCE_STEPS):
+        covariance = wide + torch.einsum("s,spq->pq", of_parts, parts) + (by_module * of_modules) @ by_module.T + noise * torch.eye(len(y)).to(y)
+        inverse = torch.linalg.inv(covariance)
         dual = inverse @ y  # (P,)
-        of_modules = of_modules * ((by_module.T @ dual).square() / ((inverse @ by_module) * by_module).sum(dim=0).clamp_min(tiny)).sqrt()
-        of_own = of_own * (dual @ own @ dual / (inverse * own).sum().clamp_min(tiny)).sqrt()
+        excess = (by_module.T @ dual).square() / ((inverse @ by_module) * by_module).sum(dim=0).clamp_min(tiny)
+        of_modules = of_modules * excess.sqrt()
+        if step % SETTLING == SETTLING - 1 and step < EVIDENCE_STEPS - SETTLING:
+            excess = torch.where(of_modules > 0, 0, excess)
+            of_modules[excess.argmax()] += excess.max() > OUTLIER
+        of_parts = of_parts * (torch.einsum("p,spq,q->s", dual, parts, dual) / (inverse * parts).sum(dim=(1, 2)).clamp_min(tiny)).sqrt()
         noise = (noise * (dual @ dual / inverse.diagonal().sum()).sqrt()).clamp_min(LEAST_NOISE)
-    return of_modules, of_own, noise
+    return of_parts, of_modules, noise
 
 
 def fit_released(masks: Tensor, utility: Tensor, generator: torch.Generator, prior: Tensor | None = None) -> Fit:

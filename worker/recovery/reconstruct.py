@@ -56,12 +56,11 @@ def reconstruct(
             tensors, facts = fit.block(index, pruned.kept[index].index)
         shard = work / shard_name(index + 1, len(stream) + 1)
         write_shard(shard, tensors)
-        next_input = None
-        if index + 1 < len(stream):
+        last = index + 1 == len(stream)
+        if not last:
             _run(stream.materialise(index, tensors), fit.arguments[index], hidden.open(index), hidden.open(index + 1))
             stream.drop(index)
-            next_input = str(hidden.path(index + 1).relative_to(state.work)), hidden.sha256(index + 1)
-        state.finish_block(WALK, [shard], facts, next_input)
+        state.finish_block(WALK, [shard], facts, [] if last else [hidden.path(index + 1)])
         shutil.rmtree(fit.scratch(index), ignore_errors=True)
     for index in range(len(stream)):
         name = shard_name(index + 1, len(stream) + 1)

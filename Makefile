@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint serve bench bench-bonsai bench-large
+.PHONY: demo test lint serve bench bench-bonsai bench-recovery bench-large
 
 demo: $(INSTALLED)
 	$(BIN)/espalier demo
@@ -24,9 +24,13 @@ serve: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.engine
 
-# Two hours on two cores.
+# Three hours on two cores; what it prunes stays in var/bench/bonsai/.
 bench-bonsai: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bonsai
+
+# A night on two cores; goes on where it was stopped.
+bench-recovery: $(INSTALLED)
+	$(BIN)/python -m benchmarks.recovery
 
 # Memory on models of up to 13.5 GB: needs 45 GB of disk while it runs.
 bench-large: $(INSTALLED)

@@ -17,6 +17,7 @@ from app.source import Source
 
 WITH_HEAD = 1.5  # what a perplexity takes, in passes through the blocks alone
 RELEASED_TOLERANCE = 0.02  # as near to the target as Bonsai's released code goes
+IN_ROUNDS = ("prune", "write", "recover")  # phases that come in every round
 MACS_PER_SECOND = 50e9  # of two CPU cores, in float32
 
 
@@ -37,13 +38,13 @@ class Estimate(BaseModel):
 def estimate(recipe: Recipe, source: Source) -> Estimate:
     """Raises RecipeError for a target that is more than there is."""
     phases = {phase: round(cost) for phase, cost in phase_costs(recipe, source).items() if cost}
-    rounds = bonsai_rounds(recipe, source)
+    rounds = len(bonsai_rounds(recipe, source))
     macs = sum(phases.values()) * _block_macs(source)
     return Estimate(
         forward_tokens=sum(phases.values()),
         phases=phases,
-        rounds=len(rounds) or None,
-        sub_models=len(rounds) * recipe.method.masks if isinstance(recipe.method, Bonsai) and rounds else None,
+        rounds=rounds or (recipe.rounds if recipe.rounds > 1 else None),
+        sub_models=rounds * recipe.method.masks if isinstance(recipe.method, Bonsai) and rounds else None,
         multiply_accumulates=macs,
         seconds_on_two_cores=round(macs / MACS_PER_SECOND, 1),
         source_bytes=source.weight_bytes,
@@ -51,7 +52,7 @@ def estimate(recipe: Recipe, source: Source) -> Estimate:
 
 
 def phase_costs(recipe: Recipe, source: Source) -> dict[str, float]:
-    """The cost of each phase."""
+    """The cost of each phase, in all rounds."""
     tokens = recipe.calibration.samples * recipe.calibration.sequence_length if recipe.calibrates else 0
     passes: float = 1 if recipe.facts.structured and recipe.restoration is None else 3
     if isinstance(recipe.method, Bonsai):
@@ -69,7 +70,7 @@ def phase_costs(recipe: Recipe, source: Source) -> dict[str, float]:
         costs["teach"] = trained * 1.2 if recipe.recovery.distillation is not None else 0.0
         if recipe.evaluation is not None:
             costs["evaluate_pruned"] = recipe.evaluation.windows * recipe.evaluation.sequence_length * WITH_HEAD
-    return costs
+    return costs | {phase: costs[phase] * recipe.rounds for phase in IN_ROUNDS if phase in costs}
 
 
 def bonsai_rounds(recipe: Recipe, source: Source) -> list[float]:

@@ -34,8 +34,10 @@ class Training(Strict):
         None, min_length=1, max_length=1024, description="The text to train on, as for calibration; null: the calibration text. Never the evaluation text."
     )
     sequence_length: int = Field(512, ge=8, le=131072, description="Tokens a sequence.")
-    steps: int | None = Field(None, ge=1, le=1_000_000, description="Steps of the optimizer; null: as many as `tokens` asks for, else 200.")
-    tokens: int | None = Field(None, ge=1, description="Instead of `steps`: tokens to train on, rounded up to whole steps.")
+    steps: int | None = Field(
+        None, ge=1, le=1_000_000, description="Steps of the optimizer, of each round where a method has several; null: as many as `tokens` asks for, else 200."
+    )
+    tokens: int | None = Field(None, ge=1, description="Instead of `steps`: tokens to train on, of each round likewise, rounded up to whole steps.")
     batch: int = Field(8, ge=1, le=65536, description="Sequences a step.")
     micro_batch: int = Field(2, ge=1, le=65536, description="Sequences computed at once; gradients of a step's parts are added up.")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="The highest, reached after the warm-up.")

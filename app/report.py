@@ -134,6 +134,13 @@ class Recovered(Part):
     peak_memory_bytes: int = Field(description="Highest anonymous resident memory of the engine process while it trained.")
 
 
+class Round(Part):
+    """One of several rounds of pruning and recovery."""
+
+    sparsity: float = Field(description="Of the decoder's linear weights, those that are zero after it.")
+    recovery: Recovered = Field(description="What training brought back.")
+
+
 class Report(Part):
     """The result of a job."""
 
@@ -141,17 +148,21 @@ class Report(Part):
     model_type: str = Field(description="`model_type` of the source.")
     model_fingerprint: str = Field(description="sha256 over the source's config.json and weight files.")
     before: Measured | None = Field(description="The dense model; null where the recipe skips evaluation.")
-    pruned: Measured | None = Field(None, description="The pruned model before its recovery, but for speed; null where nothing was recovered, or likewise.")
+    pruned: Measured | None = Field(
+        None, description="The pruned model before its recovery, in the last round, but for speed; null where nothing was recovered, or likewise."
+    )
     after: Measured | None = Field(description="The result: the pruned model, after its recovery where there was one; null likewise.")
     parameters_before: Parameters = Field(description="What the dense model stores.")
     parameters_after: Parameters = Field(description="What the pruned model stores.")
     sparsity: Sparsities = Field(description="What was removed.")
     layers: list[LayerReport] = Field(description="Block by block.")
     calibration: TextUsed | None = Field(description="What the method measured activations on; null where it needs no text.")
-    recovery: Recovered | None = Field(None, description="What training brought back; null where the recipe asks for none.")
+    recovery: Recovered | None = Field(None, description="What training brought back, in the last round; null where the recipe asks for none.")
+    rounds: list[Round] | None = Field(None, description="Every round, where the method prunes and recovers in several.")
     loads_with: list[LoadCheck] = Field(description="What the result was loaded with.")
     seconds: dict[str, float] = Field(description="Seconds a phase.")
     resumed_at_block: int | None = Field(description="Where this run went on from an earlier attempt's verified blocks.")
+    resumed_at_round: int | None = Field(None, description="Likewise, of a method in rounds: how many of them were finished.")
     peak_memory_bytes: int = Field(description="Highest anonymous resident memory of the engine process.")
     notes: list[str] = Field(description="What the method left out or changed, in sentences.")
     versions: dict[str, str] = Field(description="Versions of espalier, torch, transformers and Python.")

@@ -27,7 +27,7 @@ def accuracy(checkpoint: Path, file: Path, items: int | None = None) -> tuple[fl
     questions = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:items]]
     sentences: list[tuple[list[int], int]] = []  # token ids, and where the continuation begins
     for question in questions:
-        rest = tokenizer(" " + question["continuation"]).input_ids
+        rest = tokenizer(" " + question["continuation"], add_special_tokens=False).input_ids
         for context in question["context_options"]:
             ids = tokenizer(context).input_ids
             sentences.append((ids + rest, len(ids)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.recipe import Recipe
-from app.report import LoadCheck, Measured, Parameters, Recovered
+from app.report import LoadCheck, Measured, Parameters, Recovered, Round
 from worker.pruners.base import Target
 from worker.walk import Pruned
 
@@ -37,6 +37,15 @@ def of_recovery(recipe: Recipe, recovered: Recovered | None) -> list[str]:
     if recipe.trains_head:
         notes.append("The head was trained and is stored apart from the embedding, whether it was tied to it or not.")
     return notes
+
+
+def of_rounds(rounds: list[Round] | None) -> list[str]:
+    told = []
+    for number, each in enumerate(rounds or [], 1):
+        before, after = each.recovery.held_out_loss_before, each.recovery.held_out_loss_after
+        trained = "" if before is None or after is None else f", and training took the held-out loss from {before:.4f} to {after:.4f}"
+        told.append(f"After round {number}, {each.sparsity:.2%} of the decoder's linear weights are zero{trained}.")
+    return told
 
 
 def of_memory(recipe: Recipe, before: Measured | None, after: Measured | None, checks: list[LoadCheck]) -> list[str]:

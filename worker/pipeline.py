@@ -3,6 +3,7 @@
     python -m worker.pipeline RECIPE.json SOURCE_DIR OUT_DIR [--work WORK_DIR] [--text NAME PATH …] [--memory BYTES]
 
 resolve ▸ load ▸ evaluate the dense model ▸ calibrate and prune ▸ write ▸ recover ▸ evaluate the result ▸ verify it in a fresh process ▸ report.
+Where the recipe asks for rounds, all but the last prune, write and recover beforehand, and the last one starts from what they leave.
 
 It knows no service: progress goes to stdout as JSON lines, the result to `OUT_DIR/report.json` and `OUT_DIR/checkpoint/`. Exit 0, or 2 with a last line
 `{"event": "error", "code", "message", "hint"}` for a recipe or a model that can't be run. State lies in WORK_DIR until the result is whole; the same command
@@ -20,7 +21,7 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,7 @@ from app.estimate import phase_costs
 from app.exceptions import EspalierError, RecipeError
 from app.recipe import Budget, Pattern, Recipe
 from app.recovery import Perp
-from app.report import LoadCheck, Measured, Parameters, Perplexity, Recovered, Report, TextUsed
+from app.report import LoadCheck, Measured, Parameters, Perplexity, Recovered, Report, Round, TextUsed
 from app.source import Source, check_recipe, read_source
 from worker import notes
 from worker.blocks import BlockStream
@@ -47,12 +48,13 @@ from worker.memory import PeakMemory, map_large_allocations, return_freed_memory
 from worker.progress import Emit, Progress
 from worker.pruners import PRUNERS
 from worker.pruners.base import Target
+from worker.pruners.magnitude import fractions_of_rounds
 from worker.pruning import prune
-from worker.recovery.distillation import check_size, teach
+from worker.recovery.distillation import Teacher, check_size, teach
 from worker.recovery.reconstruct import reconstruct
-from worker.recovery.retrain import retrain
+from worker.recovery.retrain import require_room, retrain
 from worker.recovery.text import TrainingText, training_text
-from worker.state import WalkState, sha256_of
+from worker.state import ROUNDS, WalkState, sha256_of
 from worker.trial import Trial, TrialError, fits_in_memory, run_trial
 from worker.walk import Edit, Pruned, Pruning
 
@@ -79,23 +81,26 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
             tokens, calibration_text = _calibration_tokens(recipe, source, texts)
             evaluated = _evaluation_windows(recipe, source, texts)
             training = _training_text(recipe, stream, texts, evaluated)
+            require_room(recipe, source, memory_allowed)
             target = None if isinstance(recipe.sparsity, Budget) else target_of(recipe, count_parameters(source, []))
             progress.plan(phase_costs(recipe, source))
         state = WalkState.open(work, _state_fingerprint(recipe, fingerprint, tokens, evaluated, training, stream.device))
-        resumed_at = state.finished or None
-        if state.refused:
-            progress.log(f"Started anew, because of the earlier attempt {state.refused}.")
-        elif resumed_at is not None:
-            progress.log(f"Goes on after {resumed_at} blocks of an earlier attempt, which were verified.")
+        resumed_at_block, resumed_at_round = state.finished or None, state.finished_rounds or None
+        _tell_what_is_done(state, progress)
 
         before = None
         if evaluated is not None:  # the dense model is measured once a job, however often it is attempted
             measure = functools.partial(_measure, evaluated, source, [], work, progress, "evaluate_dense", memory_allowed, loader=False)
             before = Measured.model_validate(state.figure("before", lambda: measure().model_dump()))
-        with progress.phase("prune"):
-            pruned = _prune(recipe, stream, target, tokens, evaluated, state, progress)
-        with progress.phase("write"):
-            _write(recipe, source, pruned, out)
+        start, earlier = stream, list[Round]()
+        if recipe.rounds > 1:
+            assert target is not None
+            assert training is not None
+            start, earlier = _earlier_rounds(recipe, stream, target.fraction, training, state, progress, memory_allowed)
+        with progress.phase("prune", 1 / recipe.rounds):
+            pruned = _prune(recipe, start, target, tokens, evaluated, state, progress)
+        with progress.phase("write", 1 / recipe.rounds):
+            _write(recipe, start.source, pruned, out)
         before_recovery, recovered = None, None
         if training is not None:
             if evaluated is not None:
@@ -104,7 +109,8 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
                     _measure, quality, pruned_source, pruned.zeros_after, work, progress, "evaluate_pruned", memory_allowed, loader=False
                 )
                 before_recovery = Measured.model_validate(state.figure("pruned", lambda: measure().model_dump()))
-            pruned, recovered = _recover(recipe, stream, pruned, training, out, state, progress, memory_allowed)
+            teacher = _teach(recipe, stream, pruned, training, state, progress)
+            pruned, recovered = _recover(recipe, stream, pruned, training, teacher, out, state, progress, memory_allowed)
         result = read_source(out / "checkpoint")
         per_layer = bool(result.config.get("per_layer_config"))
         after = None
@@ -113,7 +119,8 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
         with progress.phase("verify"):
             loads_with = _verify(out, result, work, per_layer, memory_allowed)
 
-    parameters_before = count_parameters(source, pruned.zeros_before)
+    rounds = [*earlier, _round(pruned, recovered)] if earlier and recovered is not None else None
+    parameters_before = count_parameters(source, _zeros_before(state) if earlier else pruned.zeros_before)
     parameters_after = count_parameters(result, pruned.zeros_after)
     report = Report(
         recipe=recipe,
@@ -128,12 +135,15 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
         layers=pruned.layers,
         calibration=calibration_text,
         recovery=recovered,
+        rounds=rounds,
         loads_with=loads_with,
         seconds=progress.seconds,
-        resumed_at_block=resumed_at,
+        resumed_at_block=resumed_at_block,
+        resumed_at_round=resumed_at_round,
         peak_memory_bytes=memory.bytes,
         notes=[
             *notes.of_pruning(recipe, target, pruned, parameters_before, parameters_after),
+            *notes.of_rounds(rounds),
             *notes.of_recovery(recipe, recovered),
             *notes.of_memory(recipe, before, after, loads_with),
         ],
@@ -229,6 +239,16 @@ def _state_fingerprint(
     return digest.hexdigest()
 
 
+def _tell_what_is_done(state: WalkState, progress: Progress) -> None:
+    """Say what of an earlier attempt is gone on with."""
+    if state.refused:
+        progress.log(f"Started anew, because of the earlier attempt {state.refused}.")
+    counts = {"round": state.finished_rounds, "block": state.finished}
+    done = " and ".join(f"{count} {unit}{'s' if count > 1 else ''}" for unit, count in counts.items() if count)
+    if done:
+        progress.log(f"Goes on after {done} of an earlier attempt, all verified.")
+
+
 def _measure(
     evaluated: Evaluated,
     source: Source,
@@ -285,27 +305,32 @@ def _write(recipe: Recipe, source: Source, pruned: Pruned, out: Path) -> None:
         write_padded(out / "checkpoint", out / "padded")
 
 
+def _teach(recipe: Recipe, dense: BlockStream, pruned: Pruned, text: TrainingText, state: WalkState, progress: Progress) -> Teacher | None:
+    if recipe.recovery is None or recipe.recovery.distillation is None:
+        return None
+    with progress.phase("teach", 1 / recipe.rounds):
+        return teach(dense, text.windows, recipe.recovery.distillation, [layer.index for layer in pruned.kept], state, progress.step)
+
+
 def _recover(
     recipe: Recipe,
-    stream: BlockStream,
+    dense: BlockStream,
     pruned: Pruned,
     text: TrainingText,
+    teacher: Teacher | None,
     out: Path,
     state: WalkState,
     progress: Progress,
     memory_allowed: int | None,
 ) -> tuple[Pruned, Recovered]:
     """Train the written checkpoint, from the shards that the pruning left: a killed attempt wrote over none of those."""
-    config, teacher = recipe.recovery, None
+    config = recipe.recovery
     assert config is not None
-    if config.distillation is not None:
-        with progress.phase("teach"):
-            teacher = teach(stream, text.windows, config.distillation, [layer.index for layer in pruned.kept], state, progress.step)
-    with progress.phase("recover"), PeakMemory() as memory:
+    with progress.phase("recover", 1 / recipe.rounds), PeakMemory() as memory:
         if isinstance(config, Perp) and config.reconstructs:
-            found = reconstruct(config, out / "checkpoint", pruned, stream, text, state, progress.train_step)
+            found = reconstruct(config, out / "checkpoint", pruned, dense, text, state, progress.train_step)
         else:
-            found = retrain(config, out / "checkpoint", pruned, stream, text, teacher, state.work / "recovery", progress.train_step, memory_allowed)
+            found = retrain(config, out / "checkpoint", pruned, dense, text, teacher, state.work / "recovery", progress.train_step, memory_allowed)
         return_freed_memory()
         if recipe.output.padded:
             write_padded(out / "checkpoint", out / "padded")
@@ -322,6 +347,52 @@ def _recover(
         seconds=round(found.trained.seconds, 3),
         peak_memory_bytes=memory.bytes,
     )
+
+
+def _earlier_rounds(
+    recipe: Recipe, dense: BlockStream, fraction: float, text: TrainingText, state: WalkState, progress: Progress, memory_allowed: int | None
+) -> tuple[BlockStream, list[Round]]:
+    """Prune, write and recover in every round but the last; the checkpoint that is left for it, and what is told of each. Goes on where the state says.
+
+    The state verifies a round's checkpoint until the next round has its own. What a round works with lies in a folder beside it, with a state of its own.
+    """
+
+    def folder_of(number: int) -> Path:
+        return state.work / f"round-{number}"
+
+    def checkpoint_of(number: int) -> BlockStream:
+        return _open(read_source(folder_of(number) / "checkpoint")) if number else dense
+
+    share, fractions = 1 / recipe.rounds, fractions_of_rounds(fraction, recipe.rounds)
+    for phase in ("prune", "write", "teach", "recover"):
+        progress.skip(phase, share * state.finished_rounds)
+    for number in range(state.finished_rounds + 1, recipe.rounds):
+        target, out = Target(fractions[number - 1]), folder_of(number)
+        progress.log(f"Round {number} of {recipe.rounds} prunes to {target.fraction:.2%}.")
+        start = checkpoint_of(number - 1)
+        within = WalkState.open(out.with_name(f"{out.name}.work"), f"{state.fingerprint} {out.name}")
+        _tell_what_is_done(within, progress)
+        with progress.phase("prune", share):
+            pruned = _prune(recipe, start, target, None, None, within, progress)
+        with progress.phase("write", share):
+            _write(recipe, start.source, pruned, out)
+        teacher = _teach(recipe, dense, pruned, text, state, progress)
+        pruned, recovered = _recover(recipe, dense, pruned, text, teacher, out, within, progress, memory_allowed)
+        facts = {"round": _round(pruned, recovered).model_dump(), "zeros_before": [asdict(zeros) for zeros in pruned.zeros_before]}
+        state.finish_block(ROUNDS, [], facts, sorted((out / "checkpoint").iterdir()))
+        within.remove()
+        shutil.rmtree(folder_of(number - 1), ignore_errors=True)
+    progress.log(f"Round {recipe.rounds} of {recipe.rounds} prunes to {fraction:.2%}.")
+    return checkpoint_of(recipe.rounds - 1), [Round(**record["facts"]["round"]) for record in state.blocks(ROUNDS)]
+
+
+def _round(pruned: Pruned, recovered: Recovered) -> Round:
+    return Round(sparsity=sum(layer.zeros for layer in pruned.layers) / sum(layer.weights for layer in pruned.layers), recovery=recovered)
+
+
+def _zeros_before(state: WalkState) -> list[LinearZeros]:
+    """Of the dense model, which only the first of several rounds reads."""
+    return [LinearZeros(**zeros) for zeros in state.blocks(ROUNDS)[0]["facts"]["zeros_before"]]
 
 
 def _link(source: str, target: str) -> None:

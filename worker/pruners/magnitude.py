@@ -1,4 +1,4 @@
-"""Magnitude pruning (Han et al. 2015, arXiv 1506.02626): the weights of smallest absolute value go. Needs no calibration."""
+"""Magnitude pruning (Han et al. 2015, arXiv 1506.02626): the weights of smallest absolute value go, at once or in rounds. Needs no calibration."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def mask(weight: Tensor, target: Target, compare: str = "matrix") -> Tensor:
         columns = weight.shape[1]
         return keep_largest_per_row(score, columns - round(columns * target.fraction))
     return keep_largest(score, weight.numel() - round(weight.numel() * target.fraction))
+
+
+def fractions_of_rounds(fraction: float, rounds: int) -> list[float]:
+    """What has been removed after each round, if each removes the same share of what is left and `fraction` has gone in the end.
+
+    The geometric schedule of iterative magnitude pruning (Frankle & Carbin, arXiv 1803.03635). A weight that has gone is zero, so it is among the smallest of the
+    next round and stays away.
+    """
+    return [*(1 - (1 - fraction) ** (number / rounds) for number in range(1, rounds)), fraction]
 
 
 def _prune(weights: Weights, statistics: InputStatistics | None, config: Magnitude, target: Target) -> Masked:

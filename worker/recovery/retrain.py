@@ -18,15 +18,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from app.counting import LinearZeros
+from app.architecture import ARCHITECTURES
+from app.counting import LinearZeros, count_parameters, fraction_of
 from app.exceptions import EspalierError, RecipeError
-from app.recovery import RecoveryConfig, Training
+from app.recipe import Budget, Recipe, Scored
+from app.recovery import Full, Perp, RecoveryConfig, Training
 from app.report import BlockError
 from app.source import Source, read_source
 from worker.allocation import angular
 from worker.blocks import BlockStream
 from worker.calibration import HiddenStates, embed_into, forward
 from worker.checkpoint import read_masks, replace_weights
+from worker.choosing import EXPERT_ALIGNMENT
 from worker.memory import anonymous_bytes, available_bytes
 from worker.recovery import RECOVERIES
 from worker.recovery.base import Student
@@ -107,6 +110,23 @@ def load(source: Source, device: torch.device, *, gradient_checkpointing: bool) 
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model.to(device).requires_grad_(False)
+
+
+def require_room(recipe: Recipe, source: Source, allowed: int | None) -> None:
+    """Refuse, before anything is pruned, a training that would not fit whatever the pruning leaves. Raises RecipeError.
+
+    Of the tensors that will be there, only those count that surely will: a structured method may remove more than it is asked to, since units are whole, but at
+    most twice as much, and as many channels of each layer as widths are multiples of; and only full retraining has gradients and moments of nearly everything.
+    """
+    config, method = recipe.recovery, recipe.method
+    if config is None or (isinstance(config, Perp) and config.reconstructs) or isinstance(recipe.sparsity, Budget):
+        return
+    dense, fraction = count_parameters(source, []), fraction_of(recipe, count_parameters(source, []))
+    width = ARCHITECTURES[source.model_type].ffn_width(source.config, 0)
+    rounding = math.lcm(method.multiple_of, EXPERT_ALIGNMENT) / width if isinstance(method, Scored) else 0.0
+    removed = min(1.0, 2 * fraction + rounding) * dense.non_embedding if recipe.facts.structured else 0.0
+    trained = dense.all - removed - (0 if recipe.facts.structured else fraction * dense.decoder) if isinstance(config, Full) else 0.0
+    _require_memory(round(4 * (dense.all - removed) + 12 * trained), allowed)
 
 
 def _require_memory(needed: int, allowed: int | None) -> None:

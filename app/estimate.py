@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.architecture import ARCHITECTURES
 from app.counting import count_parameters, fraction_of, macs_per_token
-from app.recipe import Bonsai, Budget, Recipe
+from app.recipe import Bonsai, Budget, LeastSquares, Recipe
 from app.recovery import Perp
 from app.source import Source
 
@@ -54,7 +54,9 @@ def estimate(recipe: Recipe, source: Source) -> Estimate:
 def phase_costs(recipe: Recipe, source: Source) -> dict[str, float]:
     """The cost of each phase, in all rounds."""
     tokens = recipe.calibration.samples * recipe.calibration.sequence_length if recipe.calibrates else 0
-    passes: float = 1 if recipe.facts.structured and recipe.restoration is None else 3
+    passes: float = 1 if recipe.facts.structured else 3
+    if isinstance(recipe.restoration, LeastSquares):
+        passes = 5 if recipe.restoration.drift else 4
     if isinstance(recipe.method, Bonsai):
         passes += sum((recipe.method.masks + 1) * cost for cost in bonsai_rounds(recipe, source))
     costs = {"prune": tokens * passes + 1000.0, "write": 300.0, "verify": 3000.0}

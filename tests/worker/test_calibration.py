@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.architecture import ARCHITECTURES
 from app.source import read_source
-from tests.worker.test_blocks import VARIANTS, make
+from tests.worker.test_blocks import make
 from worker.blocks import BlockStream
 from worker.calibration import Drift, forward
 
@@ -29,7 +30,7 @@ def without_ffn(stream: BlockStream, hidden: Tensor) -> Tensor:
     return output
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*ARCHITECTURES, "opt, norms after", "gpt_neox, in turns"])
 def test_drift_is_known_where_the_ffn_is_added_as_it_is(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.blocks.TOKENS_AT_ONCE", 48)
     stream = BlockStream(read_source(make(tmp_path / "model", variant)))

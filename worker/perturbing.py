@@ -218,7 +218,8 @@ def _round(rounds: Rounds, number: int, left: list[Tensor], goal: Goal) -> tuple
         return left, nothing
     modules = torch.arange(len(left)).repeat_interleave(torch.tensor([len(prior) for prior in priors]))
     costs = torch.tensor([module.cost for module in rounds.modules])[modules]
-    worth = torch.cat(bonsai.expected_worth(priors, candidates, [module.cost for module in rounds.modules]))
+    comparable = candidates if method.masks else [torch.ones_like(mask) for mask in candidates]  # without sub-models nothing tells what whole modules are worth
+    worth = torch.cat(bonsai.expected_worth(priors, comparable, [module.cost for module in rounds.modules]))
 
     def choose(weights: Tensor) -> Tensor:
         return _chosen(rounds, goal, weights, candidates, modules, costs)

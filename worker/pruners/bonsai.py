@@ -11,7 +11,7 @@ candidates; masks remove some of them; a linear model from masks to utilities gi
 - The utility is -log perplexity; -perplexity is a regression on its outliers.
 - Where a module's candidates are more than 2p of it, as one of three KV groups is, most masks spare it: a sub-model without half of all those is too far from
   what a round may leave for its utility to tell of anything else.
-- The linear model shrinks towards the prior as far as the masks are silent, and believes them only what is clear: masks are far fewer than candidates.
+- The linear model shrinks towards the prior as far as the masks are silent, and doubts what they hardly say: masks are far fewer than candidates.
 - Candidates are ranked by weight per parameter: a KV group holds a hundred times what a channel does.
 - A module keeps its last unit: one has to be stored for the model to load, so nothing would be saved.
 
@@ -40,10 +40,9 @@ from worker.pruners.base import DenseBlock, StructuredPruner, Unit, units_of
 FOLDS = 5
 MOST_PERPLEXITY = 1e8  # a broken sub-model's
 KIND_SPREAD = 100.0  # variance of a kind's slope before anything is known, in variances of the utilities: any slope is possible
-STEPS = 400  # of the search for variances
+EVIDENCE_STEPS = 400
 SETTLING = 20  # steps after which a module may get a variance of its own …
-OUTLIER = 9.0  # … if so many times what is expected of it is in the utilities
-EVIDENCE = 3.0  # by which the likelihood's logarithm must rise for a variance to be taken up
+OUTLIER = 9.0  # … if so many times what its kind's explains is in the utilities
 LEAST_NOISE = 1e-9  # of the utilities' variance
 
 # The authors' grid and training.
@@ -187,11 +186,11 @@ def kendall_tau(one: Tensor, other: Tensor) -> Tensor:
 def fit(masks: Tensor, utility: Tensor, prior: Tensor, modules: Tensor, kinds: Tensor) -> Fit:
     """Linear regression of utilities on masks that shrinks towards the prior: (M, C) bool, (M,), (C,), (C,) long, (C,) long -> what each candidate is worth.
 
-    weight = prior · (a_kind + d_module + d_own): a slope of each kind, not penalised but never negative; then deviations of whole modules and of single units from
-    it, normal with mean 0. They have one variance for the modules of each kind and one for all units, those that make the utilities likeliest (sparse Bayesian
-    learning; Tipping 2001), or 0 where that is not clearly likelier: the least of many uncertain estimates is mostly the luckiest, and 20 pairs don't tell 60
-    modules apart. A module that breaks the model has a variance of its own: among SmolLM2-135M's one makes 98 % of the utilities' variance. No weight is
-    negative: to lose a unit hardly ever helps, and where it seems to, that is mostly noise.
+    weight = prior · (a_kind + d_module + d_own + s_module): a slope of each kind, not penalised but never negative; then deviations of whole modules and of single
+    units from it, normal with mean 0; last, one standard deviation of a + d_module, so that no module goes because noise makes it look worthless: the least of
+    many uncertain estimates is mostly the luckiest. Deviations have one variance for the modules of each kind and one for all units, those that make the
+    utilities likeliest (sparse Bayesian learning; Tipping 2001). A module that breaks the model has a variance of its own besides: among SmolLM2-135M's 60
+    one makes 98 % of the utilities' variance. No weight is negative: to lose a unit hardly ever helps, and where it seems to, that is mostly noise.
 
     Only differences within pairs count: as one mask is the other's complement, all that is linear in the masks is in them, and what two removals do only
     together, which is no candidate's own worth, cancels.
@@ -245,51 +244,37 @@ def _likeliest(x: Tensor, y: Tensor, prior: Tensor, modules: Tensor, kinds: Tens
 
     deviation = of_parts[:-1][kind_of] / together + of_modules / alone  # (modules,), variances from here on
     covariance = (by_kind * wide) @ by_kind.T + (by_module * deviation) @ by_module.T + of_parts[-1] * parts[-1] + noise * torch.eye(len(y)).to(y)
-    dual = torch.linalg.solve(covariance, y)  # (P,)
+    inverse = torch.linalg.inv(covariance)
+    dual = inverse @ y  # (P,)
     slope = (wide * (by_kind.T @ dual)).clamp_min(0)
     relative = slope[kinds] + (deviation * (by_module.T @ dual))[modules] + of_parts[-1] / of_own * (dual @ x)
-    weights: Tensor = spread * prior * (relative.clamp_min(0) + 1e-12)  # where nothing is learned, the prior ranks
+    with_module = (by_kind * wide)[:, kind_of] + by_module * deviation  # (P, modules), covariances of the differences with a module's slope
+    unsure = (wide[kind_of] + deviation - (with_module * (inverse @ with_module)).sum(dim=0)).clamp_min(0).sqrt()  # (modules,)
+    weights: Tensor = spread * prior * (relative.clamp_min(0) + unsure[modules] + 1e-12)  # where nothing is learned, the prior ranks
     return weights
 
 
 def likeliest_variances(y: Tensor, wide: Tensor, parts: Tensor, by_module: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Variances v (S,), u (modules,) and σ² under which y (P,), of mean square 1 and covariance wide + Σ v_s K_s + Σ u_m x_m x_mᵀ + σ²·I, is likeliest.
 
-    wide: (P, P); parts: (S, P, P), the K_s; by_module: (P, modules), the x_m. v_s is 0 where another would not make y e^EVIDENCE times likelier, u_m but for
-    modules of which y holds more than OUTLIER times what is expected.
+    wide: (P, P); parts: (S, P, P), the K_s; by_module: (P, modules), the x_m. u is 0 but for modules of which y holds more than OUTLIER times what is expected of
+    their kind: as many variances as modules would be fitted to noise. In every step a variance grows by the root of how much more of its component y holds
+    than is expected, which is 1 where the likelihood no longer rises (MacKay 1992).
     """
-    taken = torch.zeros(len(parts), dtype=torch.bool, device=y.device)
-    found, likelihood = _climb(y, wide, parts, by_module, taken)
-    for part in range(len(parts)):
-        more = taken | (torch.arange(len(parts), device=y.device) == part)
-        tried, likelier = _climb(y, wide, parts, by_module, more)
-        if likelier > likelihood + EVIDENCE:
-            taken, found, likelihood = more, tried, likelier
-    return found
-
-
-def _climb(y: Tensor, wide: Tensor, parts: Tensor, by_module: Tensor, taken: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
-    """`likeliest_variances` with the parts that are `taken`, (S,) bool, and the logarithm of the likelihood, but for a constant.
-
-    In every step a variance grows by the root of how much more of its component y holds than is expected, which is 1 where the likelihood no longer rises
-    (MacKay 1992).
-    """
-    tiny, one = torch.finfo(y.dtype).tiny, torch.eye(len(y)).to(y)
-    noise, of_parts, of_modules = y.new_tensor(0.5), 0.25 * taken.to(y), y.new_zeros(by_module.shape[1])
-    for step in range(STEPS + 1):
-        covariance = wide + torch.einsum("s,spq->pq", of_parts, parts) + (by_module * of_modules) @ by_module.T + noise * one
+    tiny = torch.finfo(y.dtype).tiny
+    noise, of_parts, of_modules = y.new_tensor(0.5), y.new_full((len(parts),), 0.25), y.new_zeros(by_module.shape[1])
+    for step in range(EVIDENCE_STEPS):
+        covariance = wide + torch.einsum("s,spq->pq", of_parts, parts) + (by_module * of_modules) @ by_module.T + noise * torch.eye(len(y)).to(y)
         inverse = torch.linalg.inv(covariance)
         dual = inverse @ y  # (P,)
-        if step == STEPS:
-            break
         excess = (by_module.T @ dual).square() / ((inverse @ by_module) * by_module).sum(dim=0).clamp_min(tiny)
         of_modules = of_modules * excess.sqrt()
-        if step % SETTLING == SETTLING - 1 and step < STEPS - SETTLING:
+        if step % SETTLING == SETTLING - 1 and step < EVIDENCE_STEPS - SETTLING:
             excess = torch.where(of_modules > 0, 0, excess)
             of_modules[excess.argmax()] += excess.max() > OUTLIER
         of_parts = of_parts * (torch.einsum("p,spq,q->s", dual, parts, dual) / (inverse * parts).sum(dim=(1, 2)).clamp_min(tiny)).sqrt()
         noise = (noise * (dual @ dual / inverse.diagonal().sum()).sqrt()).clamp_min(LEAST_NOISE)
-    return (of_parts, of_modules, noise), float(-(torch.linalg.slogdet(covariance).logabsdet + y @ dual) / 2)
+    return of_parts, of_modules, noise
 
 
 def fit_released(masks: Tensor, utility: Tensor, generator: torch.Generator, prior: Tensor | None = None) -> Fit:

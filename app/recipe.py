@@ -297,7 +297,10 @@ class LeastSquares(Strict):
     name: Literal["least_squares"] = "least_squares"
     ridge: float = Field(3.0, gt=0, le=1000, description="Strength of the penalty on changes, relative to the noise of an estimate from so many tokens.")
     drift: float = Field(
-        0.5, ge=0, le=1, description="Share of the pruned model's distance from the dense one, before an FFN, that the FFN is fitted to take back; 0 saves a pass."
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the pruned model's distance from the dense one, before an FFN, that the FFN is fitted to take back; 0 saves a pass.",
     )
 
 

@@ -14,6 +14,7 @@ held-out windows; the grid grows while the best is at its edge. `quality` tunes 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -378,7 +379,7 @@ def quality(setting: Setting) -> None:
         if not setting.bases.search(base.name):
             continue
         pruned, state = pruned_model(setting, base)
-        before = state.figure("perplexity", lambda folder=pruned.folder: perplexity_of(folder, windows))  # type: ignore[misc]  # the default binds the loop's value
+        before = state.figure("perplexity", functools.partial(perplexity_of, pruned.folder, windows))
         keep_row("bases", {"name": base.name, "perplexity": before}, "name")
         for contender in setting.chosen() if base in BASES else []:
             rate = tuned_rate(setting, tuned_on(setting, base), contender)

@@ -158,6 +158,13 @@ def make_text(folder: Path, words: int, seed: int = 0) -> Path:
     return path
 
 
+def make_wikitext(folder: Path, words: int) -> Path:
+    """The folder, with two such texts under the names that benchmarks ask for."""
+    for name, seed in (("valid", 0), ("test", 1)):
+        make_text(folder, words, seed).rename(folder / f"wiki.{name}.raw")
+    return folder
+
+
 def pruned_checkpoint(source: Source, folder: Path, widths: list[int], layout: Literal["uniform", "per_layer"], *, dtype: str = "source") -> Path:
     """The checkpoint with the first channels of each layer's FFN kept, written as the engine writes it."""
     folder.mkdir(parents=True)

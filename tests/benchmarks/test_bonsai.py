@@ -16,7 +16,7 @@ import espalier.loader  # noqa: F401  builds layers of different widths
 from app.recovery import RECOVERY_PRESETS, LoRA
 from benchmarks import bonsai, results, winogrande
 from benchmarks.bonsai import Clock, Setting
-from tests.models import load_model, make_checkpoint, make_text
+from tests.models import load_model, make_checkpoint, make_wikitext
 from tests.worker.test_pipeline import hashes
 from worker.data import tokenize
 from worker.walk import RoundStep
@@ -28,9 +28,7 @@ BEFORE = {"name": "FLAP, 50%", "rounds": [], "masks": [], "perplexity": 9.0, "pa
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = tmp_path_factory.mktemp("benchmark")
-    data = folder / "data"
-    for name, seed in (("valid", 0), ("test", 1)):
-        make_text(data, words=700, seed=seed).rename(data / f"wiki.{name}.raw")
+    data = make_wikitext(folder / "data", words=700)
     questions = folder / "questions.jsonl"
     draw = random.Random(0)
     texts = [("bade figo luma", "nepi rosu", "tave bago."), ("dema", "fine lupi maro nesu", "pita rove suba tade."), ("a tree", "a wall", "is pruned")]

@@ -16,7 +16,7 @@ from app.exceptions import RecipeError
 from app.source import read_source
 from benchmarks import recovery, results
 from benchmarks.recovery import CONTENDERS, MASKED, SLICED, Contender, Setting
-from tests.models import load_model, make_checkpoint, make_text
+from tests.models import load_model, make_checkpoint, make_wikitext
 from tests.worker.test_pipeline import hashes
 from worker.data import tokenize
 from worker.pipeline import run
@@ -28,9 +28,7 @@ FIGURES: dict[str, Any] = {"parameters": 7, "share": 0.0003, "stored_more": 0, "
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = tmp_path_factory.mktemp("benchmark")
-    data = folder / "data"
-    for name, seed in (("valid", 0), ("test", 1)):
-        make_text(data, words=4200, seed=seed).rename(data / f"wiki.{name}.raw")
+    data = make_wikitext(folder / "data", words=4200)
     model = make_checkpoint(folder / "model", "llama", tied=True, layers=2)
     return Setting(model, data, folder / "pruned", 2, 2, re.compile("^Magnitude 50%"), re.compile("^norms$"))
 

@@ -48,6 +48,8 @@ class WalkState:
             if state.refused:
                 state._clear()
                 state._save()
+            for half_written in work.rglob(".*"):  # by a process that died; safetensors gives each a name of its own
+                half_written.unlink()
         else:
             if any(entry != state.path.with_suffix(".tmp") for entry in work.iterdir()):
                 raise EspalierError(

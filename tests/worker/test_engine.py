@@ -635,6 +635,17 @@ def test_state_that_does_not_belong_or_is_damaged_is_not_gone_on_with(text: Path
     assert WalkState.open(work, recipe.model_dump_json()).finished == 2
 
 
+def test_a_shard_that_a_killed_process_was_writing_is_no_part_of_the_checkpoint(text: Path, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "dense", "llama")
+    recipe = recipe_of("wanda", 0.5, text)
+    undisturbed = {file.name for file in prune_folder(folder, recipe, tmp_path / "one")[1].folder.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(folder, recipe, tmp_path / "two", stop_after=2)
+    (tmp_path / "two" / "checkpoint" / ".tmpJ3xQ0a").write_bytes(b"half a shard")  # as safetensors names what it writes
+    pruned = prune_folder(folder, recipe, tmp_path / "two")[1]
+    assert {file.name for file in pruned.folder.iterdir()} == undisturbed
+
+
 def test_a_damaged_input_of_the_dense_model_is_not_gone_on_with(text: Path, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "dense", "llama")
     recipe = recipe_of("cfsp", 0.5, text, restoration="least_squares")

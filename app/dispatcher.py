@@ -1,6 +1,6 @@
 """Keeps jobs moving: publishes the outbox, publishes again what the broker lost, and takes back jobs whose worker was lost.
 
-Runs as a thread of the API, as many as there are, and alone as `python -m app.dispatcher`. An outage of broker or database stops nothing but its own step.
+Runs in threads of the API, in as many processes as there are, and alone as `python -m app.dispatcher`. An outage of broker or database stops nothing but its own step.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import structlog
 from app import queue
 from app.database import Database
 from app.jobs import lease
+from app.queues import repository as workers
+from app.retention import keep_tidy
 from app.settings import Settings, get_settings
 
 BATCH = 100
+FORGOTTEN_AFTER_SECONDS = 3600.0  # without a beat, a worker's row goes
 LONGEST_PAUSE = 30.0  # seconds between two tries of a step that fails
 
 log = structlog.get_logger(__name__)
@@ -29,33 +32,41 @@ def wake() -> None:
 
 
 class Dispatcher:
+    """Each step has a thread of its own, so that none waits for a server that another needs."""
+
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
         self._settings = settings
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
+        steps = {self._reap: threading.Event(), self._reach_broker: _wake}
+        self._alarms = list(steps.values())
+        self._threads = [threading.Thread(target=self._run, args=step, name=f"dispatcher {step[0].__name__}", daemon=True) for step in steps.items()]
+        self._threads.append(threading.Thread(target=keep_tidy, args=(database, settings, self._stopping), name="retention", daemon=True))
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._stopping.set()
-        wake()
-        self._thread.join(timeout=15)
+        for alarm in self._alarms:
+            alarm.set()
+        for thread in self._threads:
+            thread.join(timeout=15)
 
-    def _run(self) -> None:
+    def _run(self, step: Callable[[], None], alarm: threading.Event) -> None:
         pause = self._settings.sweep_seconds
         while not self._stopping.is_set():
-            _wake.clear()
-            if self.sweep():
+            alarm.clear()
+            if self._try(step):
                 pause = self._settings.sweep_seconds
-                _wake.wait(pause)
+                alarm.wait(pause)
             else:
                 self._stopping.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     def sweep(self) -> bool:
-        """Reap, re-publish and publish once; whether all of it succeeded. A broker that is down keeps no lease from being reaped."""
+        """Each step once; whether all of it succeeded."""
         return all([self._try(self._reap), self._try(self._reach_broker)])
 
     def _try(self, step: Callable[[], None]) -> bool:
@@ -69,10 +80,14 @@ class Dispatcher:
     def _reap(self) -> None:
         while not self._stopping.is_set():
             with self._database.writing() as session:
-                reaped = lease.reap(session, BATCH)
+                reaped, late = lease.reap(session, BATCH), lease.give_up(session, BATCH)
+                workers.forget(session, FORGOTTEN_AFTER_SECONDS)
             if reaped:
                 log.warning("leases expired", jobs=reaped)
-            if len(reaped) < BATCH:
+                wake()  # most of them are to be published again
+            if late:
+                log.warning("not begun in time", jobs=late)
+            if max(len(reaped), len(late)) < BATCH:
                 return
 
     def _reach_broker(self) -> None:
@@ -81,20 +96,21 @@ class Dispatcher:
 
     def _publish_stale(self) -> None:
         with self._database.reading() as session:
-            waiting = lease.queued(session)
-        # As long as the broker holds a message for every queued job, none is lost and none need be added.
-        if waiting and queue.depth(self._settings) < waiting:
-            with self._database.writing() as session:
-                again = lease.publish_stale(session, self._settings.republish_seconds, BATCH)
-            if again:
-                log.warning("published again", jobs=again)
+            waiting = lease.waiting(session)
+        for name, jobs in waiting.items():
+            # As long as the broker holds a message for every queued job, none is lost and none need be added.
+            if queue.depth(self._settings, queue.of_class(name)) < jobs:
+                with self._database.writing() as session:
+                    again = lease.publish_stale(session, name, self._settings.republish_seconds, BATCH)
+                if again:
+                    log.warning("published again", jobs=again, queue=name)
 
     def _publish(self) -> None:
         while not self._stopping.is_set():
             with self._database.writing() as session:
                 messages = lease.take_outbox(session, BATCH)
-                for _, job_id in messages:
-                    queue.publish(self._settings, job_id)
+                for message in messages:
+                    queue.publish(self._settings, message.job_id, queue.of_class(message.queue))
                 if messages:
                     lease.mark_published(session, messages)
             if len(messages) < BATCH:

@@ -6,8 +6,10 @@ EspalierError
 ├── ScopeError             403
 ├── NotFoundError          404  also for another tenant's id
 ├── ConflictError          409  the job is not in a state that allows this
+├── GoneError              410  what was asked for has been deleted
 ├── CursorError            400  a page cursor that this list did not make
 ├── RangeError             416  a byte range outside the file
+├── QuotaError             429  the tenant has as much as it may have; try again later
 └── UnavailableError       503  a database or store that doesn't answer; try again
 """
 
@@ -56,6 +58,11 @@ class ConflictError(EspalierError):
     title = "Not possible in this state"
 
 
+class GoneError(EspalierError):
+    status = 410
+    title = "No longer there"
+
+
 class CursorError(EspalierError):
     status = 400
     title = "Invalid cursor"
@@ -64,6 +71,11 @@ class CursorError(EspalierError):
 class RangeError(EspalierError):
     status = 416
     title = "Range not satisfiable"
+
+
+class QuotaError(EspalierError):
+    status = 429
+    title = "Too much at once"
 
 
 class UnavailableError(EspalierError):

@@ -11,11 +11,12 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
-from app import health, logging, methods, problems
+from app import health, logging, methods, metrics, problems, telemetry
 from app.database import Database
 from app.dispatcher import Dispatcher
 from app.jobs import endpoints as jobs
 from app.middleware import MAX_BODY_BYTES, RequestContext
+from app.queues import endpoints as queues
 from app.settings import Settings, get_settings
 from app.storage import open_store
 
@@ -27,12 +28,15 @@ Errors are `application/problem+json` (RFC 9457) with a stable `code`. Times are
 def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or get_settings()
     logging.configure()
+    telemetry.configure("espalier-api")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.settings = settings
         app.state.database = database = Database(settings.database_url.get_secret_value())
-        app.state.store = open_store(settings)
+        app.state.store = store = open_store(settings)
+        app.state.checks = health.make_checks(database, store, settings)
+        app.state.metrics = metrics.make_probe(database, settings)
         dispatcher = Dispatcher(database, settings)
         dispatcher.start()
         try:
@@ -40,6 +44,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         finally:
             dispatcher.stop()
             database.dispose()
+            telemetry.flush()  # uvicorn ends by the signal that stopped it, so no exit handler runs
 
     app = FastAPI(
         title="Espalier",
@@ -49,9 +54,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         separate_input_output_schemas=False,
         generate_unique_id_function=lambda route: route.name,
         redoc_url=None,
+        telemetry=telemetry.OF_REQUESTS,
     )
     problems.install(app)
-    for router in (jobs.router, methods.router, health.router):
+    for router in (jobs.router, queues.router, methods.router, health.router, metrics.router):
         app.include_router(router)
     if settings.cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"])

@@ -10,7 +10,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uuid_utils import uuid7
 
-from app import problems
+from app import metrics, problems
+from app.logging import request_logs
 
 MAX_BODY_BYTES = 1024 * 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -21,7 +22,7 @@ HEADERS = {
     "Cache-Control": "private, no-cache",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-PROBES = ("/livez", "/readyz")  # called every few seconds for ever
+PROBES = ("/livez", "/readyz", "/metrics")  # called every few seconds for ever
 DOCS_POLICY = "default-src 'none'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src https://cdn.jsdelivr.net; img-src data: https://fastapi.tiangolo.com; connect-src 'self'; frame-ancestors 'none'"
 
 logger = structlog.get_logger(__name__)
@@ -56,7 +57,8 @@ class RequestContext:
                     headers["Content-Security-Policy"] = DOCS_POLICY
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        metrics.request_began()
+        with request_logs(request_id=request_id):
             try:
                 length = request.get("content-length", "0")  # a body that tells none is counted where it is read
                 if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
@@ -70,6 +72,7 @@ class RequestContext:
                     raise
                 await problems.internal(scope)(scope, receive, send_with_headers)
             finally:
-                milliseconds = round((time.perf_counter() - began) * 1000, 2)
+                seconds = time.perf_counter() - began
+                metrics.request_ended(scope, status, seconds)
                 log = logger.debug if scope["path"] in PROBES and status == 200 else logger.info
-                log("request", method=scope["method"], path=scope["path"], status=status, milliseconds=milliseconds)
+                log("request", method=scope["method"], path=scope["path"], status=status, milliseconds=round(seconds * 1000, 2))

@@ -14,6 +14,7 @@ STATES = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
 FINISHED = ("succeeded", "failed", "cancelled")
 
 QUEUED = text("state = 'queued'")
+TO_START = text("state = 'queued' AND start_by IS NOT NULL")
 Serial = BigInteger().with_variant(Integer(), "sqlite")  # SQLite counts up only an INTEGER key
 
 
@@ -47,7 +48,7 @@ class Job(Base):
         CheckConstraint("state IN ('queued', 'running', 'cancelling', 'succeeded', 'failed', 'cancelled')", name="state"),
         Index("ix_jobs_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
         Index("ix_jobs_state_lease_until", "state", "lease_until"),
-        Index("ix_jobs_claim", "queue", "priority", "created_at", postgresql_where=QUEUED, sqlite_where=QUEUED),
+        Index("ix_jobs_start_by", "start_by", postgresql_where=TO_START, sqlite_where=TO_START),
     )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -87,6 +88,9 @@ class Job(Base):
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now())
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+Index("ix_jobs_claim", Job.tenant_id, Job.queue, Job.priority.desc(), Job.created_at, Job.id, postgresql_where=QUEUED, sqlite_where=QUEUED)
 
 
 class JobEvent(Base):
@@ -140,3 +144,14 @@ class Worker(Base):
     draining: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     started_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now())
     seen_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now())
+
+
+class Total(Base):
+    """A share of a count that only grows, see `app.totals`."""
+
+    __tablename__ = "totals"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    labels: Mapped[str] = mapped_column(String(300), primary_key=True)  # a JSON object, its keys in order
+    shard: Mapped[int] = mapped_column(Integer, primary_key=True)
+    value: Mapped[float] = mapped_column(Float)

@@ -1,4 +1,7 @@
-"""Publishes a job's id by the task's name. A message is only a hint that there may be work; the job's row is the truth."""
+"""Publishes a job's id by the task's name. A message is only a hint that its class of workers may have work; the job's row is the truth.
+
+On the broker each class has a queue, and so has each worker, by which it wakes itself when a hint was lost or went to another in vain.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from kombu.utils.json import dumps, loads
 from app.settings import Settings
 
 TASK = "espalier.run_job"
-QUEUE = "prune"
+QUEUE = "prune"  # of the class `default`
 SECONDS = 5.0  # that one operation on the broker may take
 POLL_SECONDS = 0.2  # of a worker, in the directory of messages
 
@@ -51,6 +54,21 @@ class Transport(filesystem.Transport):
 TRANSPORT_ALIASES["filesystem"] = f"{__name__}:Transport"
 
 
+def of_class(name: str) -> str:
+    """The queue of a class of workers."""
+    return QUEUE if name == "default" else f"{QUEUE}-{name}"
+
+
+def of_worker(worker_id: str) -> str:
+    """The queue of one worker."""
+    return f"{QUEUE}@{worker_id}"
+
+
+def declare(name: str) -> Queue:
+    # The default exchange routes by the queue's name and keeps no table that processes would have to share.
+    return Queue(name, Exchange(""), routing_key=name)
+
+
 def make_celery(settings: Settings) -> Celery:
     """Celery bound to the settings' broker: JSON only, no results, and no operation that waits for ever."""
     url = settings.broker_url.get_secret_value()
@@ -59,11 +77,10 @@ def make_celery(settings: Settings) -> Celery:
         accept_content=["json"],
         task_serializer="json",
         task_ignore_result=True,
-        # The default exchange routes by the queue's name and keeps no table that processes would have to share.
-        task_queues=[Queue(QUEUE, Exchange(""), routing_key=QUEUE)],
-        task_default_queue=QUEUE,
+        task_queues=[declare(of_class(settings.queue))],
+        task_default_queue=of_class(settings.queue),
         task_default_exchange="",
-        task_default_routing_key=QUEUE,
+        task_create_missing_queues=False,
         task_publish_retry=False,
         broker_connection_timeout=SECONDS,
         broker_pool_acquire_timeout=SECONDS,
@@ -72,17 +89,21 @@ def make_celery(settings: Settings) -> Celery:
     return celery
 
 
-def publish(settings: Settings, job_id: str) -> None:
-    """Send one message. Raises whatever the broker's client raises, within a few seconds."""
-    _publisher(settings.broker_url.get_secret_value(), settings.messages_dir).send_task(TASK, args=[job_id], ignore_result=True)
+def publish(settings: Settings, job_id: str, queue: str = QUEUE) -> None:
+    """Send one message to a queue. Raises whatever the broker's client raises, within a few seconds.
+
+    Only workers of the release before read the job's id; the others claim the best job of their class.
+    """
+    celery = _publisher(settings.broker_url.get_secret_value(), settings.messages_dir)
+    celery.send_task(TASK, args=[job_id], queue=declare(queue), ignore_result=True)
 
 
-def depth(settings: Settings) -> int:
-    """How many messages wait on the broker."""
+def depth(settings: Settings, queue: str = QUEUE) -> int:
+    """How many messages wait in a queue."""
     celery = _publisher(settings.broker_url.get_secret_value(), settings.messages_dir)
     with celery.connection_for_write() as connection:
         try:
-            return int(connection.default_channel.queue_declare(QUEUE, passive=True).message_count)
+            return int(connection.default_channel.queue_declare(queue, passive=True).message_count)
         except ChannelError:  # nothing was ever published
             return 0
 

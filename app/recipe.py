@@ -502,7 +502,14 @@ class Limits(Strict):
     """Bounds on a job."""
 
     max_attempts: int = Field(3, ge=1, le=20, description="Times that the job may be started when its worker dies.")
-    max_runtime: int = Field(24 * 3600, ge=1, le=30 * 24 * 3600, description="Seconds that one attempt may run.")
+    max_runtime: int = Field(24 * 3600, ge=1, le=30 * 24 * 3600, description="Seconds that the job may run, all attempts together.")
+    max_pending: int | None = Field(
+        None, ge=1, le=30 * 24 * 3600, description="Seconds within which its first attempt must begin, or the job fails; null: no bound."
+    )
+    resume: Literal["local", "durable"] = Field(
+        "local",
+        description="Where an attempt leaves what the next one goes on from. `local`: on its worker's disk. `durable`: in the object store too, so that any worker goes on.",
+    )
 
 
 class Recipe(Strict):

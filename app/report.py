@@ -164,5 +164,6 @@ class Report(Part):
     resumed_at_block: int | None = Field(description="Where this run went on from an earlier attempt's verified blocks.")
     resumed_at_round: int | None = Field(None, description="Likewise, of a method in rounds: how many of them were finished.")
     peak_memory_bytes: int = Field(description="Highest anonymous resident memory of the engine process.")
+    peak_device_bytes: int | None = Field(None, description="Highest memory that the engine process held on the GPU; null on the CPU.")
     notes: list[str] = Field(description="What the method left out or changed, in sentences.")
     versions: dict[str, str] = Field(description="Versions of espalier, torch, transformers and Python.")

@@ -25,7 +25,7 @@ from migrations import migrate
 
 TENANT = "default"
 API = ("uvicorn", "app.main:create_app", "--factory", "--no-access-log", "--timeout-graceful-shutdown", "5", "--fd")
-WORKER = ("celery", "--quiet", "-A", "worker.celery", "worker", "-Q", "prune", "-c", "1", "--loglevel", "warning")
+WORKER = ("celery", "--quiet", "-A", "worker.celery", "worker", "-c", "1", "--loglevel", "warning")
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0
 MAX_PAUSE_SECONDS = 30.0

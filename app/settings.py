@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
@@ -10,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+QUEUE = r"^[a-z0-9][a-z0-9-]{0,47}$"  # a class of workers
 DEVELOPMENT_SECRETS = frozenset({"admin", "changeme", "espalier", "minioadmin", "password", "postgres", "redis", "secret", "test"})
 
 
@@ -17,35 +20,56 @@ class Settings(BaseSettings):
     # Inputs stay out of error messages: they hold passwords.
     model_config = SettingsConfigDict(env_prefix="ESPALIER_", env_file=".env", extra="ignore", hide_input_in_errors=True)
 
-    environment: Literal["development", "production"] = "development"
-    home: Path = Path("var")  # where the embedded default keeps database, objects, messages and work
+    environment: Literal["development", "production"] = Field(
+        "development", description="`production` refuses SQLite, messages in a directory, and passwords of development."
+    )
+    home: Path = Field(Path("var"), description="Directory of the worker's files; the embedded default also keeps database, objects and messages there.")
 
     # The three URLs. Empty means embedded: SQLite, a local directory, messages in a directory.
-    database_url: SecretStr = SecretStr("")  # postgresql://user:password@host/name
-    broker_url: SecretStr = SecretStr("")  # redis://:password@host:6379/0
-    store_url: str = ""  # s3://bucket/prefix
+    database_url: SecretStr = Field(SecretStr(""), description="`postgresql://user:password@host/name`. Empty: SQLite below the home directory.")
+    broker_url: SecretStr = Field(SecretStr(""), description="`redis://:password@host:6379/0`. Empty: messages in a directory below the home directory.")
+    store_url: str = Field("", description="`s3://bucket/prefix`, or `file:///directory`. Empty: a directory below the home directory.")
 
-    s3_endpoint: str = ""  # empty: AWS
-    s3_public_endpoint: str = ""  # where clients reach the bucket, if elsewhere
-    s3_region: str = "us-east-1"
-    s3_access_key: SecretStr = SecretStr("")
-    s3_secret_key: SecretStr = SecretStr("")
-    presign_seconds: int = Field(600, ge=1, le=86400)
+    s3_endpoint: str = Field("", description="URL of the S3 server. Empty: AWS.")
+    s3_public_endpoint: str = Field("", description="URL at which clients reach the S3 server, where it is another.")
+    s3_region: str = Field("us-east-1", description="Region that requests to S3 are signed for.")
+    s3_access_key: SecretStr = Field(SecretStr(""), description="Access key of the bucket. May be empty on AWS, where a role gives access.")
+    s3_secret_key: SecretStr = Field(SecretStr(""), description="Secret of the access key.")
+    presign_seconds: int = Field(600, ge=1, le=86400, description="Seconds for which a download link to S3 is good.")
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    cors_origins: tuple[str, ...] = ()
+    host: str = Field("127.0.0.1", description="Address on which `espalier serve` listens.")
+    port: int = Field(8000, ge=0, le=65535, description="Port on which `espalier serve` listens; 0: a free one.")
+    metrics_token: SecretStr = Field(SecretStr(""), description="Bearer token of `/metrics`, which tells of all tenants. Empty: there is no `/metrics`.")
+    cors_origins: tuple[str, ...] = Field((), description="Origins of web pages that may call the API, as a JSON list.")
 
-    model_roots: tuple[Path, ...] = ()  # local checkpoints below these may be named by path
-    text_roots: tuple[Path, ...] = ()  # local texts below these may be named by path
-    hub: bool = True  # whether models may be fetched from the Hugging Face Hub
+    model_roots: tuple[Path, ...] = Field((), description="Directories, as a JSON list; jobs may name the checkpoints below them by path.")
+    model_urls: tuple[str, ...] = Field((), description="`s3://bucket/prefix`, as a JSON list; jobs may name the checkpoints below them by URL.")
+    text_roots: tuple[Path, ...] = Field((), description="Directories, as a JSON list; jobs may name the texts below them by path.")
+    hub: bool = Field(True, description="Whether models may be fetched from the Hugging Face Hub.")
 
-    lease_seconds: float = Field(45, gt=0)
-    beat_seconds: float = Field(15, gt=0)
-    sweep_seconds: float = Field(2, gt=0)  # how often the dispatcher publishes, re-publishes and reaps
-    republish_seconds: float = Field(30, gt=0)  # a queued job whose last message is older gets another
-    cancel_grace_seconds: float = Field(5, ge=0)
-    engine_memory_bytes: int = Field(0, ge=0)  # resident memory at which an engine is ended; 0: no limit
+    model_cache_bytes: int = Field(0, ge=0, description="Bytes of the models that a worker keeps on its disk; 0: as many as fit.")
+    resume_push_seconds: float = Field(60, ge=0, description="Least seconds between two times that the state of a job with durable resume is stored.")
+
+    store_patience_seconds: float = Field(300, ge=1, description="Seconds for which the upload of a result waits for an S3 server that does not answer.")
+    retention_days: int = Field(0, ge=0, description="Days after which the files of a result are deleted; its report stays. 0: never.")
+    max_stored_bytes: int = Field(
+        0,
+        ge=0,
+        description="Bytes of one tenant's results above which the files of the oldest are deleted, where the tenant has no bound of its own; 0: no bound. "
+        "The newest result stays, whatever its size.",
+    )
+    retention_seconds: float = Field(600, gt=0, description="Seconds between two rounds that delete results past these bounds, and stored files of no job.")
+    orphan_seconds: float = Field(3600, ge=0, description="Age, in seconds, below which a stored file that belongs to no job is left alone.")
+
+    queue: str = Field("default", pattern=QUEUE, description="Class of GPUs that a worker belongs to; it runs the jobs that are submitted with this `queue`.")
+    max_queued: int = Field(10_000, ge=1, description="Jobs of one tenant that may wait at once, where the tenant has no bound of its own.")
+
+    lease_seconds: float = Field(45, gt=0, description="Seconds after its worker's last beat at which a job is given to another worker.")
+    beat_seconds: float = Field(15, gt=0, description="Seconds between two beats of a worker; at most half of the lease.")
+    sweep_seconds: float = Field(2, gt=0, description="Seconds between two rounds in which the dispatcher publishes, publishes again and reaps.")
+    republish_seconds: float = Field(30, gt=0, description="Seconds after which a job that still waits gets another message, if the broker lost its own.")
+    cancel_grace_seconds: float = Field(5, ge=0, description="Seconds between the SIGTERM and the SIGKILL of an engine that is cancelled or drained.")
+    engine_memory_bytes: int = Field(0, ge=0, description="Anonymous memory, in bytes, above which an engine is ended; 0: no limit.")
 
     @model_validator(mode="after")
     def _embedded_defaults(self) -> Self:
@@ -57,6 +81,8 @@ class Settings(BaseSettings):
             self.broker_url = SecretStr("filesystem://")
         if not self.store_url:
             self.store_url = (home / "objects").as_uri()
+        if self.queue == "auto":
+            raise ValueError("ESPALIER_QUEUE can't be 'auto', by which a job leaves its class to the service")
         if self.beat_seconds * 2 > self.lease_seconds:
             raise ValueError("ESPALIER_BEAT_SECONDS must be at most half of ESPALIER_LEASE_SECONDS, or a lease is lost by one late beat")
         return self
@@ -85,6 +111,10 @@ class Settings(BaseSettings):
         return self.home / "messages"
 
     @property
+    def models_dir(self) -> Path:
+        return self.home / "models"
+
+    @property
     def work_dir(self) -> Path:
         return self.home / "work"
 
@@ -92,3 +122,19 @@ class Settings(BaseSettings):
 @lru_cache
 def get_settings() -> Settings:
     return Settings()
+
+
+def table() -> str:
+    """Every setting with its default, the values it may have and what it means, as a Markdown table."""
+    rows = []
+    for name, field in Settings.model_json_schema()["properties"].items():
+        default = field["default"]
+        values = [f"`{value}`" for value in field.get("enum", ())]
+        values += [f"{sign} {field[bound]}" for bound, sign in (("exclusiveMinimum", ">"), ("minimum", "≥"), ("maximum", "≤")) if bound in field]
+        shown = f"`{default if isinstance(default, str) else json.dumps(default)}`" if default not in ("", []) else ""
+        rows.append(f"| `{Settings.model_config['env_prefix']}{name.upper()}` | {shown} | {', '.join(values)} | {field['description']} |\n")
+    return "| variable | default | values | meaning |\n|---|---|---|---|\n" + "".join(rows)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

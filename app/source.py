@@ -20,6 +20,7 @@ from app.recovery import Perp
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+MODEL_URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.-]*)+", re.ASCII)
 MAX_NAME_BYTES = 255  # of a file name, on every common file system
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -64,6 +65,23 @@ def find_local(model: str, roots: Sequence[Path]) -> Path | None:
     None: no folder, so perhaps a hub id. Raises RecipeError where the path leads, by `..` or by a symlink, outside the roots.
     """
     return _find_below(model, roots, code="model_outside_roots", what="model", pointer="/model")
+
+
+def find_stored(model: str, urls: Sequence[str]) -> str | None:
+    """The URL `s3://bucket/prefix` of a checkpoint in a bucket, without a slash at its end; None for what is no such URL.
+
+    Raises RecipeError for one that is not below an allowed one.
+    """
+    if not model.startswith("s3://"):
+        return None
+    url = model.rstrip("/")
+    if not MODEL_URL.fullmatch(url) or not any(url.startswith(allowed.rstrip("/") + "/") for allowed in urls):
+        raise _refuse(
+            "model_outside_roots",
+            f"The model '{model[:100]}' lies outside the buckets that are allowed.",
+            "Name it as s3://bucket/prefix, below a URL that the operator allows (ESPALIER_MODEL_URLS).",
+        )
+    return url
 
 
 def find_text(source: str, roots: Sequence[Path], pointer: str) -> Path | None:

@@ -48,12 +48,12 @@ def main() -> int:
             write_random_llama(Path(folder, "model"), shape)
             for name in METHODS:
                 with tempfile.TemporaryDirectory(dir=folder) as out:
-                    measured = watch(_recipe(name, asked.data), Path(folder, "model"), Path(out), "--memory", str(round(PEAK_OF_7B)))
+                    measured = watch(recipe_of(name, asked.data), Path(folder, "model"), Path(out), "--memory", str(round(PEAK_OF_7B)))
                 failed |= not _keep(name, shape, measured)
     return failed
 
 
-def _recipe(name: str, data: Path) -> Recipe:
+def recipe_of(name: str, data: Path) -> Recipe:
     method, sparsity = METHODS[name]
     calibration = {"source": str(data / "wiki.valid.raw"), "samples": 8, "sequence_length": 128}
     return Recipe.model_validate({"method": method, "sparsity": sparsity, "calibration": calibration, "evaluation": None})

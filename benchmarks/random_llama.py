@@ -1,8 +1,10 @@
-"""Random checkpoints of large shapes, written shard by shard."""
+"""Checkpoints of large shapes: random ones, written shard by shard, and ones that are all header."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,30 @@ class Shape:
 
 def write_random_llama(folder: Path, shape: Shape) -> None:
     """A checkpoint in bfloat16 with an untied head and a tokenizer of single bytes; one shard is in memory at a time."""
+    config, generator = _write_beside(folder, shape), torch.Generator().manual_seed(0)
+    files: dict[str, str] = {}
+    for place, shapes in enumerate(_shapes(config), start=1):
+        file = shard_name(place, shape.layers + 1)
+        write_shard(folder / file, {name: _random(size, generator) for name, size in shapes})
+        files |= {name: file for name, _ in shapes}
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}), encoding="utf-8")
+
+
+def write_hollow_llama(folder: Path, shape: Shape) -> None:
+    """The same checkpoint with all weights 0, as a hole in one file, which takes no space on the disk."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, size in itertools.chain(*_shapes(_write_beside(folder, shape))):
+        begin, end = end, end + 2 * math.prod(size)
+        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [begin, end]}
+    described = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(described).to_bytes(8, "little") + described)
+        stream.truncate(8 + len(described) + end)
+
+
+def _write_beside(folder: Path, shape: Shape) -> dict[str, Any]:
+    """What lies beside the weights; gives config.json."""
     folder.mkdir(parents=True)
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -53,14 +79,14 @@ def write_random_llama(folder: Path, shape: Shape) -> None:
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     _write_tokenizer(folder)
-    llama, generator = ARCHITECTURES["llama"], torch.Generator().manual_seed(0)
-    blocks = [[(llama.block_prefix(index) + name, size) for name, size in llama.block_shapes(config, index)] for index in range(shape.layers)]
-    files: dict[str, str] = {}
-    for place, shapes in enumerate([*blocks, list(llama.outer_shapes(config))], start=1):
-        file = shard_name(place, shape.layers + 1)
-        write_shard(folder / file, {name: _random(size, generator) for name, size in shapes})
-        files |= {name: file for name, _ in shapes}
-    (folder / INDEX).write_text(json.dumps({"weight_map": files}), encoding="utf-8")
+    return config
+
+
+def _shapes(config: dict[str, Any]) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """Names and shapes of each block's tensors, and last of those outside."""
+    llama = ARCHITECTURES["llama"]
+    blocks = [[(llama.block_prefix(index) + name, size) for name, size in llama.block_shapes(config, index)] for index in range(config["num_hidden_layers"])]
+    return [*blocks, list(llama.outer_shapes(config))]
 
 
 def _random(size: tuple[int, ...], generator: torch.Generator) -> Tensor:

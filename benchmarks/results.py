@@ -46,7 +46,16 @@ def render(results: dict[str, Any]) -> str:
         f"Written by `make bench` and `make bench-large` from `engine.json`; don't edit. {machine['cores']} shared CPU cores, {machine['threads']} threads,",
         f"torch {machine['torch']}, float32, SmolLM2-135M-Instruct, calibration on 8 × 512 tokens of WikiText-2 valid where a row doesn't say otherwise.",
     ]
-    parts = {"quality": _quality, "time": _time, "memory": _memory, "large": _large, "bonsai": _bonsai, "recovery": _recovery, "gpu": _gpu}
+    parts = {
+        "quality": _quality,
+        "time": _time,
+        "memory": _memory,
+        "large": _large,
+        "estimate": _estimate,
+        "bonsai": _bonsai,
+        "recovery": _recovery,
+        "gpu": _gpu,
+    }
     for part, rendered in parts.items():
         if part in results:
             lines += ["", *rendered(results)]
@@ -121,6 +130,25 @@ def _large(results: dict[str, Any]) -> list[str]:
         "apart, which the system takes back when it needs them.",
         "",
         *_table(("", "", *phases, "peak", "asked for", "mapped", "seconds (prune, of all)"), rows),
+    ]
+
+
+def _estimate(results: dict[str, Any]) -> list[str]:
+    def cell(row: dict[str, Any], name: str) -> str:
+        if name not in row["sizes"]:
+            return ""
+        predicted, measured = row["sizes"][name]
+        return f"{predicted / 1e6:.0f} / {measured / 1e6:.0f} ({predicted / measured - 1:+.0%})"
+
+    columns = ("load", "evaluate", "prune", "recover", "verify", "peak", "disk", "output")
+    return [
+        "## What is predicted of memory and disk",
+        "",
+        "MB, predicted from the recipe and the checkpoint's headers / measured (difference): anonymous memory of the engine with the processes that it starts, by",
+        "phase, the most that lies in the work directory, and the checkpoint. Calibration on 8 × 128 tokens but for the recipe's own sizes; where the whole result",
+        "would not fit in a quarter more than predicted, blocks of it are tried. Of models of 32 and 64 blocks the engine alone was measured, before it verifies.",
+        "",
+        *_table(("", "", *columns), [(row["model"], row["name"], *(cell(row, column) for column in columns)) for row in results["estimate"]]),
     ]
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from app.recipe import Recipe
 
-KINDS = {"resident": "VmRSS", "anonymous": "RssAnon", "mapped": "RssFile"}
+FIELDS = {"resident": "VmRSS", "anonymous": "RssAnon", "mapped": "RssFile"}
+KINDS = (*FIELDS, "family")  # the last: anonymous, with that of the processes which the engine started
 SAMPLE_SECONDS = 0.01
 
 
@@ -63,9 +64,18 @@ def _highest(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
 
 def _sizes(pid: int) -> dict[str, int]:
     """Bytes of a process by kind; zeros once it has ended."""
+    own = _fields(pid)
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    except (FileNotFoundError, ProcessLookupError):
+        children = []
+    return own | {"family": own["anonymous"] + sum(_fields(int(child))["anonymous"] for child in children)}
+
+
+def _fields(pid: int) -> dict[str, int]:
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except (FileNotFoundError, ProcessLookupError):
-        return dict.fromkeys(KINDS, 0)
+        return dict.fromkeys(FIELDS, 0)
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
-    return {kind: sizes.get(field, 0) for kind, field in KINDS.items()}
+    return {kind: sizes.get(field, 0) for kind, field in FIELDS.items()}

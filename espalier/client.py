@@ -64,6 +64,8 @@ class Job(TypedDict):
     phase: str | None
     model: str
     method: str
+    queue: str
+    priority: int
     recipe: dict[str, Any]
     progress: Progress
     attempt: int

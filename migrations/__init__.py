@@ -25,12 +25,19 @@ def unmigrate(url: str, revision: str) -> None:
 
 
 def is_at_head(connection: Connection) -> bool:
-    return MigrationContext.configure(connection).get_current_revision() == head()
+    """Whether the schema is that of this release, or of a later one, which is made so that this one works with it too."""
+    revision = MigrationContext.configure(connection).get_current_revision()
+    return revision == head() or (revision is not None and revision not in _known())
 
 
 @lru_cache
 def head() -> str | None:
     return ScriptDirectory.from_config(_config()).get_current_head()
+
+
+@lru_cache
+def _known() -> frozenset[str]:
+    return frozenset(script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions())
 
 
 def _config() -> Config:

@@ -26,10 +26,27 @@ def open_database(url: str) -> Database:
     return database
 
 
-def submit(database: Database, *, model: str = "tiny", **recipe: Any) -> str:
+def add_tenant(database: Database, name: str, max_running: int | None = None) -> str:
+    with database.writing() as session:
+        session.add(Tenant(id=f"tenant_{name}", name=name, max_running=max_running))
+    return f"tenant_{name}"
+
+
+def submit(
+    database: Database,
+    *,
+    model: str = "tiny",
+    tenant: str = TENANT,
+    queue: str = "default",
+    priority: int = 0,
+    host_bytes: int | None = None,
+    device_bytes: int | None = None,
+    **recipe: Any,
+) -> str:
     body = {"model": model, "method": "magnitude", "sparsity": 0.5, "evaluation": None} | recipe
     with database.writing() as session:
-        return insert_job(session, TENANT, Recipe.model_validate(body)).id
+        checked = Recipe.model_validate(body)
+        return insert_job(session, tenant, checked, queue=queue, priority=priority, host_bytes=host_bytes, device_bytes=device_bytes).id
 
 
 def cancel(database: Database, job_id: str) -> str | None:

@@ -1,27 +1,34 @@
-"""Fetch a model from the Hugging Face Hub: safetensors, configuration and tokenizer only, at one commit.
+"""Fetch a model into the worker's cache: safetensors, configuration and tokenizer only, at one version.
 
     python -m worker.fetch MODEL RESULT.json
 
-Speaks to the supervisor as the engine does. RESULT.json gets `folder` and `revision`; where it is there already, its revision is fetched again, so that all
-attempts of a job see the same files.
+MODEL is a hub id or `s3://bucket/prefix`. Speaks to the supervisor as the engine does. RESULT.json gets `folder`, `revision`, and whether the folder is `cached`
+and so must be held while it is used; where it is there already, its revision is fetched again, so that all attempts of a job see the same files.
 """
 
 from __future__ import annotations
 
 import errno
 import fnmatch
+import functools
+import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from app.exceptions import RecipeError
+from app.settings import Settings, get_settings
+from app.storage import KEY, Store, open_store
+from worker import cache
+from worker.cache import RemoteFile, RemoteModel
 
 WANTED = (
     "*.safetensors",
@@ -36,42 +43,115 @@ WANTED = (
     "chat_template.*",
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+TRANSFERS_AT_ONCE = 4
 
 
-def fetch(model: str, revision: str | None) -> tuple[Path, str]:
-    """The folder of a hub model and the commit that it holds; the newest one where none is asked for. Raises RecipeError."""
+# ---------------------------------------------------------- where models come from
+
+
+def on_hub(model: str, revision: str | None) -> RemoteModel:
+    """A model of the Hugging Face Hub, at the commit that is asked for or the newest one. Raises RecipeError."""
     try:
         info = HfApi().model_info(model, revision=revision, files_metadata=True)
-    except OfflineModeIsEnabled:
-        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
-        return folder, folder.name
     except GatedRepoError:
         raise _refuse("model_gated", f"'{model}' is gated on the hub.", "The operator must accept its terms and set HF_TOKEN.") from None
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise _refuse("model_not_found", f"The hub has no public model '{model}'.", "Look for a typing error in its name.") from None
     if info.sha is None:
         raise _refuse("model_not_found", f"The hub names no commit of '{model}'.", "Try another model.")
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if "/" not in file.rfilename}
-    files = [name for name in sizes if _matches(name, WANTED)]
-    if not any(name.endswith(".safetensors") for name in files):
-        pickled = any(_matches(name, PICKLES) for name in sizes)
+    files = {
+        file.rfilename: RemoteFile(file.size or 0, None if file.lfs is None else file.lfs.sha256) for file in info.siblings or [] if "/" not in file.rfilename
+    }
+    wanted = _choose(model, files)
+
+    def transfer(folder: Path) -> None:
+        snapshot_download(model, revision=info.sha, allow_patterns=list(wanted), local_dir=folder)
+        shutil.rmtree(folder / ".cache")  # what it notes of a transfer, to go on with
+
+    return RemoteModel(model, info.sha, wanted, transfer)
+
+
+def in_bucket(url: str, settings: Settings) -> RemoteModel:
+    """A model at `s3://bucket/prefix`, read with the service's own credentials. Its version is a hash of the ETags. Raises RecipeError."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    store = open_store(settings.model_copy(update={"store_url": f"s3://{bucket}"}))
+    found = {entry.key.removeprefix(f"{prefix}/"): entry for entry in store.entries(f"{prefix}/")}
+    if not found:
+        raise _refuse("model_not_found", f"There is nothing at {url}.", "Look for a typing error in its name.")
+    wanted = _choose(url, {name: RemoteFile(entry.bytes) for name, entry in found.items() if "/" not in name and KEY.fullmatch(name)})
+    version = _digest({name: (found[name].bytes, found[name].etag) for name in wanted})
+
+    def transfer(folder: Path) -> None:
+        _get_files(store, f"{prefix}/", wanted, folder)
+        if in_bucket(url, settings).version != version:
+            raise OSError(errno.EIO, f"{url} was changed while it was fetched")
+
+    return RemoteModel(url, version, wanted, transfer)
+
+
+def in_store(name: str, store: Store, prefix: str, files: Mapping[str, RemoteFile]) -> RemoteModel:
+    """A checkpoint that the service itself stored below `prefix`, whose sizes and sha256s it knows. Raises RecipeError."""
+    wanted = _choose(name, files)
+    return RemoteModel(
+        name, _digest({path: (file.bytes, file.sha256) for path, file in wanted.items()}), wanted, functools.partial(_get_files, store, prefix, wanted)
+    )
+
+
+def _choose(model: str, files: Mapping[str, RemoteFile]) -> dict[str, RemoteFile]:
+    """The files that are fetched of all that there are."""
+    wanted = {name: file for name, file in files.items() if _matches(name, WANTED)}
+    if not any(name.endswith(".safetensors") for name in wanted):
+        pickled = any(_matches(name, PICKLES) for name in files)
         code, why = ("pickle_weights", "only pickled weights, which can run code when loaded") if pickled else ("weights_missing", "no safetensors weights")
         raise _refuse(code, f"'{model}' has {why}.", "Use a model that is stored as safetensors.")
-    cache = Path(HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    if not (cache / f"models--{model.replace('/', '--')}" / "snapshots" / info.sha).is_dir():
-        need = sum(sizes[name] for name in files)
-        if need > shutil.disk_usage(cache).free:
-            raise OSError(errno.ENOSPC, f"'{model}' takes {need / 1e9:.1f} GB")
-    return Path(snapshot_download(model, revision=info.sha, allow_patterns=files)), info.sha
+    return wanted
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _refuse(code: str, message: str, hint: str) -> RecipeError:
-    return RecipeError(message, code=code, hint=hint, pointer="/model")
+def _digest(files: Mapping[str, tuple[Any, ...]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _get_files(store: Store, prefix: str, files: Mapping[str, RemoteFile], folder: Path) -> None:
+    """Objects into a folder; those that an earlier transfer left whole are not transferred again."""
+
+    def get(name: str) -> None:
+        if not (folder / name).exists():
+            part = folder / f".{name}.part"
+            store.get_file(prefix + name, part)
+            part.rename(folder / name)
+
+    with ThreadPoolExecutor(TRANSFERS_AT_ONCE) as pool:
+        for _ in pool.map(get, sorted(files)):
+            pass
+    for left in folder.glob(".*.part"):
+        left.unlink()
+
+
+# -------------------------------------------------------------------- the command
+
+
+def fetch(model: str, revision: str | None, settings: Settings) -> dict[str, Any]:
+    """What the command answers. Raises RecipeError, and OSError (ENOSPC) where the disk is too small."""
+    folder = revision and cache.find(settings.models_dir, model, revision)
+    if folder and revision:
+        return _answer(folder, revision, cached=True)
+    try:
+        remote = in_bucket(model, settings) if model.startswith("s3://") else on_hub(model, revision)
+    except OfflineModeIsEnabled:  # the operator has filled the hub's own cache
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        return _answer(folder, folder.name, cached=False)
+    if revision not in (None, remote.version):
+        raise _refuse("model_changed", f"'{model}' was changed after the job's first attempt.", "Submit the job again.")
+    folder = cache.fill(settings.models_dir, settings.model_cache_bytes, remote, lambda message: _say(event="log", message=message))
+    return _answer(folder, remote.version, cached=True)
+
+
+def _answer(folder: Path, revision: str, *, cached: bool) -> dict[str, Any]:
+    return {"folder": str(folder), "revision": revision, "cached": cached}
 
 
 def main(model: str, result: Path) -> int:
@@ -79,20 +159,29 @@ def main(model: str, result: Path) -> int:
     _say(event="phase", phase="fetch")
     earlier = json.loads(result.read_text(encoding="utf-8"))["revision"] if result.is_file() else None
     try:
-        folder, revision = fetch(model, earlier)
+        answer = fetch(model, earlier, get_settings())
     except RecipeError as error:
         _say(event="error", code=error.code, message=error.message, hint=error.hint)
         return 2
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _say(event="error", code="disk_full", message=f"The disk that models are fetched to is full: {error.strerror}.", hint="Free space in the hub's cache.")
+        _say(
+            event="error",
+            code="disk_full",
+            message=f"The disk that models are fetched to is full: {error.strerror}.",
+            hint="Free space in the worker's home, or prune a smaller model.",
+        )
         return 2
     unfinished = result.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"folder": str(folder), "revision": revision}), encoding="utf-8")
+    unfinished.write_text(json.dumps(answer), encoding="utf-8")
     unfinished.replace(result)
-    _say(event="log", message=f"'{model}' is at commit {revision}.")
+    _say(event="log", message=f"'{model}' is at version {answer['revision']}.")
     return 0
+
+
+def _refuse(code: str, message: str, hint: str) -> RecipeError:
+    return RecipeError(message, code=code, hint=hint, pointer="/model")
 
 
 def _say(**event: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -41,7 +42,7 @@ class Heartbeat:
         self._lost = False
         self._cancelled = False
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=copy_context().run, args=(self._run,), name="heartbeat", daemon=True)  # its log lines name the attempt
         self._news = threading.Lock()
         self._phase: str | None = None
         self._progress: dict[str, Any] | None = None

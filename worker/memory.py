@@ -59,6 +59,15 @@ def available_bytes() -> int:
     return max(0, min(rooms))
 
 
+def total_bytes() -> int:
+    """Memory of the system, or what the container may have of it."""
+    rooms = [int(psutil.virtual_memory().total)]
+    for limit, _, _ in LIMITS:
+        with suppress(OSError, ValueError):  # as above
+            rooms.append(_number(CONTROL_GROUPS / limit))
+    return min(rooms)
+
+
 def _number(path: Path) -> int:
     return int(path.read_text(encoding="ascii"))
 

@@ -141,6 +141,7 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
         resumed_at_block=resumed_at_block,
         resumed_at_round=resumed_at_round,
         peak_memory_bytes=memory.bytes,
+        peak_device_bytes=torch.cuda.max_memory_reserved(stream.device) if stream.device.type == "cuda" else None,
         notes=[
             *notes.of_pruning(recipe, target, pruned, parameters_before, parameters_after),
             *notes.of_rounds(rounds),

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,13 @@ ROUNDS = "rounds"  # the walk whose records are of rounds and not of blocks
 def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def needed_files(state: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """The files (path -> sha256) that a `state.json` goes on from: those that stay as they are, and those that the next blocks may write over."""
+    walks: dict[str, list[dict[str, Any]]] = state["walks"]
+    kept = {path: digest for blocks in walks.values() for block in blocks for path, digest in block["files"].items()}
+    return kept, {path: digest for blocks in walks.values() for path, digest in blocks[-1]["next_inputs"].items()}
 
 
 class WalkState:
@@ -91,10 +98,8 @@ class WalkState:
             return "its state can't be read"
         if fingerprint != self.fingerprint:
             return "the model, the recipe, the text or the code is another one"
-        expected = {path: digest for blocks in walks.values() for block in blocks for path, digest in block["files"].items()}
-        for blocks in walks.values():
-            expected |= blocks[-1]["next_inputs"]
-        for path, digest in expected.items():
+        kept, written_over = needed_files(stored)
+        for path, digest in (kept | written_over).items():
             if not (self.work / path).is_file() or sha256_of(self.work / path) != digest:
                 return f"{path} is damaged"
         self._walks, self._figures = walks, figures
@@ -107,6 +112,11 @@ class WalkState:
 
     def _digests(self, files: Sequence[Path]) -> dict[str, str]:
         return {str(file.relative_to(self.work)): sha256_of(file) for file in files}
+
+    def forget(self, kind: str) -> None:
+        """Have the figures whose names begin so measured again."""
+        self._figures = {name: value for name, value in self._figures.items() if not name.startswith(kind)}
+        self._save()
 
     def figure(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` gives (JSON), or gave in an earlier attempt."""

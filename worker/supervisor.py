@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import psutil
@@ -32,12 +32,26 @@ Kind = Literal["succeeded", "failed", "crashed"] | Interruption
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What a child did from one moment to another, in nanoseconds since the epoch."""
+
+    name: str
+    began: int
+    ended: int
+
+    @property
+    def seconds(self) -> float:
+        return max(0, self.ended - self.began) / 1e9
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How a step ended. `failed` is final; after `crashed` another attempt may help."""
 
     kind: Kind
     error: dict[str, str] | None = None
     said: str = ""  # the end of the child's stderr
+    phases: Sequence[Phase] = ()
 
 
 def supervise(
@@ -83,7 +97,8 @@ def supervise(
             _kill_group(child)
             status = child.wait()
         _read(pipes, 0)
-    return ended or _judge(status, listener)
+    listener.end_phase()
+    return replace(ended or _judge(status, listener), phases=listener.phases)
 
 
 # ------------------------------------------------------------- what the child says
@@ -95,8 +110,10 @@ class _Listener:
         self._line = b""
         self._stderr = b""
         self._first: tuple[float, float] | None = None  # time and fraction of the first progress
-        self._event_at = 0.0  # fraction at which the next progress event is due
+        self._event_at = 0.0  # fraction, of the job or of the upload, at which the next progress event is due
         self._counts: dict[str, Any] = {}
+        self._phase: tuple[str, int] | None = None  # the one that goes on, and when it began
+        self.phases: list[Phase] = []
         self.error: dict[str, str] | None = None
 
     @property
@@ -122,13 +139,22 @@ class _Listener:
     def _take(self, event: dict[str, Any]) -> None:
         match event:
             case {"event": "phase", "phase": str(phase)}:
+                self.end_phase()
+                self._phase = phase, time.time_ns()
                 self._heart.enter_phase(phase)
             case {"event": "progress", "phase": str(), "done": int(), "total": int(), "fraction": float() | int()}:
                 self._progress(event)
+            case {"event": "progress", "phase": "upload", "done": int(done), "total": int(total), "eta_seconds": float(eta)}:
+                self._stored(done, total, eta)
             case {"event": "log", "message": str(message)}:
                 self._heart.tell("log", message)
             case {"event": "error", "code": str(code), "message": str(message)}:
                 self.error = {"code": code, "message": message, "hint": str(event.get("hint", ""))}
+
+    def end_phase(self) -> None:
+        if self._phase is not None:
+            self.phases.append(Phase(*self._phase, time.time_ns()))
+            self._phase = None
 
     def _progress(self, event: dict[str, Any]) -> None:
         now, phase, fraction = time.monotonic(), event["phase"], float(event["fraction"])
@@ -148,6 +174,14 @@ class _Listener:
         if fraction >= self._event_at:
             self._event_at = fraction + PROGRESS_STEP
             self._heart.tell("progress", f"{fraction:.0%} done.", {"phase": phase, **progress})
+
+    def _stored(self, done: int, total: int, eta_seconds: float) -> None:
+        """The upload counts bytes; it is no share of the job's fraction, which the engine has brought to its end."""
+        progress = {"fraction": 1.0} | self._heart.last_progress | {"bytes_done": done, "bytes_total": total, "eta_seconds": eta_seconds}
+        self._heart.progress(progress)
+        if done >= self._event_at * total:
+            self._event_at = done / total + PROGRESS_STEP
+            self._heart.tell("progress", f"{done / 1e6:.1f} of {total / 1e6:.1f} MB stored.", {"phase": "upload", **progress})
 
 
 def _read(pipes: selectors.BaseSelector, seconds: float) -> None:
@@ -175,7 +209,7 @@ def _reason_to_end(child: subprocess.Popen[bytes], heart: Heartbeat, deadline: f
     if time.monotonic() > deadline:
         error = {
             "code": "max_runtime_exceeded",
-            "message": "The attempt ran longer than limits.max_runtime.",
+            "message": "The job ran longer than limits.max_runtime, all attempts together.",
             "hint": "Raise limits.max_runtime, or ask for less.",
         }
         return Outcome("failed", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.jobs.lease import Lease
+from worker.locks import take
 
 NAME = re.compile(r"(job_[0-9a-f]+)(\.\d+)?")
 
@@ -34,7 +34,7 @@ class Workspace:
 def workspace(root: Path, lease: Lease) -> Iterator[Workspace]:
     """The job's directory, or a fresh one while an earlier attempt's process still has it."""
     for name in (lease.job_id, f"{lease.job_id}.{lease.token}"):
-        lock = _take(root / name)
+        lock = take(root / name)
         if lock is not None:
             try:
                 yield Workspace(root / name, lock)
@@ -49,27 +49,7 @@ def sweep(root: Path, finished: Callable[[Sequence[str]], set[str]]) -> None:
     found = [(match[1], path) for path in sorted(root.glob("job_*")) if (match := NAME.fullmatch(path.name))]
     over = finished([job_id for job_id, _ in found]) if found else set()
     for folder in (path for job_id, path in found if job_id in over):
-        lock = _take(folder)
+        lock = take(folder)
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
-
-
-def _take(folder: Path) -> int | None:
-    """A descriptor that holds the directory's lock; None while another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        except OSError:
-            os.close(lock)
-            raise
-        if path.exists() and path.stat().st_ino == os.fstat(lock).st_ino:
-            return lock
-        os.close(lock)  # a sweep removed the file between the two calls
-        folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from app.jobs import repository, service
 from app.jobs.archive import checkpoint_tar
 from app.jobs.repository import JobFilter
 from app.jobs.schemas import ArtifactFile, Event, EventPage, Job, JobPage, Manifest, State, Submission, Validation
+from app.logging import bind_request
 from app.models import FINISHED
 from app.problems import declared
 from app.recipe import MethodName
@@ -34,6 +35,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=declared(401, 403
 async def _job_id(job_id: Annotated[str, Path(description="The job's id.", examples=["job_0193d5f0c1d57a3c8d4e0a1b2c3d4e5f"])]) -> str:
     if not JOB_ID.fullmatch(job_id):
         raise service.no_job(job_id)
+    bind_request(job_id=job_id)
     return job_id
 
 
@@ -65,7 +67,7 @@ def _file_responses(media_type: str) -> dict[int | str, dict[str, Any]]:
         200: {"description": "The bytes.", "content": content, "headers": FILE_HEADERS},
         206: {"description": "The range asked for.", "content": content, "headers": RANGE_HEADERS},
         304: NOT_MODIFIED,
-        **declared(404, 409, 416),
+        **declared(404, 409, 410, 416),
     }
 
 
@@ -75,7 +77,7 @@ def _file_responses(media_type: str) -> dict[int | str, dict[str, Any]]:
     responses={
         200: {"model": Validation, "description": "With `validate_only`: the job was not submitted."},
         202: {"headers": {"Location": LOCATION, "Retry-After": RETRY_AFTER}},
-        **declared(400, 413, 415),
+        **declared(400, 413, 415, 429),
     },
 )
 def submit_job(
@@ -87,13 +89,15 @@ def submit_job(
     validate_only: Annotated[bool, Query(description="Only check the recipe, and tell what the job would cost.")] = False,
 ) -> Job | Validation:
     """Submit a pruning job. `model`, `method` and `sparsity` suffice; everything else has a default."""
+    cost = service.cost_of(recipe, settings)
     if validate_only:
         response.status_code = 200
-        return service.validate(recipe, settings)
-    service.check_submission(recipe, settings)
+        with database.reading() as session:
+            return service.validate(session, recipe, cost, settings)
     with database.writing() as session:
-        job = service.submit(session, caller.tenant_id, recipe)
+        job = service.submit(session, caller.tenant_id, recipe, cost, settings)
     wake()
+    bind_request(job_id=job.id)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     response.headers["Retry-After"] = str(POLL_SECONDS)
     return Job.of(job)
@@ -164,11 +168,11 @@ def get_report(job_id: JobId, caller: JobReader, database: OpenDatabase) -> Repo
         return Report.model_validate(repository.find_report(session, caller.tenant_id, job_id))
 
 
-@router.get("/{job_id}/artifacts", responses=declared(404, 409))
+@router.get("/{job_id}/artifacts", responses=declared(404, 409, 410))
 def list_artifacts(job_id: JobId, caller: ArtifactReader, database: OpenDatabase) -> Manifest:
     """The files of a job that has succeeded, each with its size and sha256."""
     with database.reading() as session:
-        service.get_succeeded(session, caller.tenant_id, job_id)
+        service.get_stored(session, caller.tenant_id, job_id)
         artifacts = repository.list_artifacts(session, caller.tenant_id, job_id)
     return Manifest(items=[ArtifactFile.model_validate(artifact) for artifact in artifacts])
 
@@ -191,7 +195,7 @@ def get_artifact(
 ) -> Response:
     """One file. From S3 it comes by a redirect, which a Range header survives; a request with If-Range is answered here, where the ETag is the sha256."""
     with database.reading() as session:
-        job = service.get_succeeded(session, caller.tenant_id, job_id)
+        job = service.get_stored(session, caller.tenant_id, job_id)
         artifact = service.get_artifact(session, job, path)
     key = f"{job.artifact_prefix}{artifact.path}"
     media_type = mimetypes.guess_type(artifact.path)[0] or "application/octet-stream"
@@ -208,6 +212,6 @@ def get_artifact(
 def get_checkpoint(job_id: JobId, caller: ArtifactReader, database: OpenDatabase, store: OpenStore, request: Request) -> Response:
     """The pruned model as one uncompressed tar. The same bytes every time, so a download can go on with Range where it broke off."""
     with database.reading() as session:
-        job = service.get_succeeded(session, caller.tenant_id, job_id)
+        job = service.get_stored(session, caller.tenant_id, job_id)
         artifacts = repository.list_artifacts(session, caller.tenant_id, job_id)
     return serve(request, checkpoint_tar(job, artifacts, store))

@@ -3,29 +3,32 @@
 A worker holds a lease: the job's id and a token that no other attempt has. Whatever it writes is conditional on the token;
 `LeaseLost` means that zero rows matched, so the worker must stop and write nothing more.
 
-claim    queued → running, the attempt is counted, the token goes up
+claim    queued → running, the attempt is counted, the token goes up; which job a worker gets is decided here, whatever message woke it
 beat     the lease runs anew; progress, phase and events are stored with it; tells whether a cancel is requested
 finish   running → succeeded | failed, cancelling → cancelled, with report and artifacts
 release  running → queued, to be claimed again
 reap     leases that ran out: running → queued or failed(worker_lost), cancelling → cancelled
+give_up  queued → failed(max_pending_exceeded) where no attempt began in time
 
-The functions take part in the caller's transaction and don't commit.
+Each attempt's time, from its claim to its end, is added to the job's `ran_seconds`. The functions take part in the caller's transaction and don't commit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, delete, exists, func, insert, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Row, ScalarSelect, Subquery, delete, exists, func, insert, or_, select, update
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
-from app.database import db_now
-from app.jobs.repository import add_event
-from app.models import FINISHED, Artifact, Job, OutboxMessage
+from app.database import db_now, seconds_between
+from app.jobs.repository import insert_event
+from app.models import FINISHED, Artifact, Job, OutboxMessage, Tenant, Worker
 
 HELD = ("running", "cancelling")
+CLAIM_LOCK = 4_771_020_601  # any number that nothing else locks
 PHASE_LENGTH = 32  # characters of Job.phase
 UNSYNCHRONIZED = {"synchronize_session": False}  # rows are only written here, never kept as objects
 
@@ -40,10 +43,15 @@ class Lease:
 
     job_id: str
     tenant_id: str
+    queue: str
     token: int
     attempt: int
     max_attempts: int
-    recipe: dict[str, Any]
+    capped: bool  # whether the tenant may run only so many jobs at once
+    # The reaper, which does no work, has none of these.
+    recipe: dict[str, Any] = field(default_factory=dict)
+    seconds_to_run: float = 0.0  # what earlier attempts left of limits.max_runtime
+    trace_parent: str | None = None  # of the request that made the job
 
     @property
     def last_attempt(self) -> bool:
@@ -54,8 +62,17 @@ class Lease:
         """Where this attempt, and no other, stores its files."""
         return self.prefix_of(self.token)
 
+    @property
+    def resume_prefix(self) -> str:
+        """Where the attempts of the job store what the next one goes on from, each under its token."""
+        return f"{self.tenant_id}/jobs/{self.job_id}/resume/"
+
     def prefix_of(self, token: int) -> str:
         return f"{self.tenant_id}/jobs/{self.job_id}/a{token}/"
+
+
+_capped = select(Tenant.max_running.is_not(None)).where(Tenant.id == Job.tenant_id).correlate(Job).scalar_subquery()
+OF_LEASE = (Job.id, Job.tenant_id, Job.queue, Job.lease_token, Job.attempt, Job.max_attempts, _capped.label("capped"))
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,25 @@ def worker_lost(attempts: int) -> dict[str, str]:
     }
 
 
-def claim(session: Session, job_id: str, owner: str, lease_seconds: float) -> Lease | None:
+MAX_PENDING_EXCEEDED = {
+    "code": "max_pending_exceeded",
+    "message": "No worker began the job within limits.max_pending.",
+    "hint": "Raise limits.max_pending, or choose another queue; GET /v1/queues tells how busy they are.",
+}
+
+
+def claim_next(session: Session, worker: Worker, lease_seconds: float) -> Lease | None:
+    """Take the job that this worker should do next; None where nothing waits that it may do.
+
+    That is, of the queued jobs of its class that fit into its memory and whose tenant runs fewer than it may: those of the highest priority, of these
+    those of the tenant with the fewest running jobs, of these the oldest. One claim is made at a time, so order and caps hold exactly.
+    """
+    if session.get_bind().dialect.name == "postgresql":  # SQLite has one writer anyway
+        session.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
+    return claim(session, _next_for(worker.queue, worker.host_bytes, worker.device_bytes), worker.id, lease_seconds)
+
+
+def claim(session: Session, job_id: str | ScalarSelect[str], owner: str, lease_seconds: float) -> Lease | None:
     """Take a queued job; None where there is nothing to take, as after a duplicate message."""
     row = session.execute(
         update(Job)
@@ -96,16 +131,26 @@ def claim(session: Session, job_id: str, owner: str, lease_seconds: float) -> Le
             lease_token=Job.lease_token + 1,
             lease_owner=owner,
             lease_until=db_now(lease_seconds),
+            claimed_at=db_now(),
             started_at=func.coalesce(Job.started_at, db_now()),
+            **_told(1),
         )
-        .returning(Job.tenant_id, Job.lease_token, Job.attempt, Job.max_attempts, Job.recipe),
+        .returning(*OF_LEASE, Job.recipe, Job.max_runtime, Job.ran_seconds, Job.trace_parent, Job.last_event),
         execution_options=UNSYNCHRONIZED,
     ).one_or_none()
     if row is None:
         return None
-    lease = Lease(job_id, row.tenant_id, row.lease_token, row.attempt, row.max_attempts, row.recipe)
-    _add(session, lease, Event("claimed", f"Attempt {lease.attempt} of {lease.max_attempts} started.", {"attempt": lease.attempt, "worker": owner}))
+    runtime = row.max_runtime or row.recipe["limits"]["max_runtime"]  # a release before this one wrote it only there
+    lease = _lease(row, recipe=row.recipe, seconds_to_run=runtime - row.ran_seconds, trace_parent=row.trace_parent)
+    event = Event("claimed", f"Attempt {lease.attempt} of {lease.max_attempts} started.", {"attempt": lease.attempt, "worker": owner})
+    _tell(session, lease, row.last_event, [event])
     return lease
+
+
+def work_waits(session: Session, worker: Worker) -> bool:
+    """Whether the worker has no job and could claim one."""
+    idle = ~exists().where(Job.lease_owner == worker.id, Job.state.in_(HELD))
+    return session.scalar(select(_next_for(worker.queue, worker.host_bytes, worker.device_bytes)).where(idle)) is not None
 
 
 def beat(
@@ -124,11 +169,8 @@ def beat(
     if progress is not None:
         values["progress"] = progress
     if len(values) > 1:
-        values |= {"version": Job.version + 1, "updated_at": db_now()}
-    state = _write(session, lease, HELD, values)
-    for event in events:
-        _add(session, lease, event)
-    return state == "cancelling"
+        values |= _told(0)
+    return _write(session, lease, HELD, values, events) == "cancelling"
 
 
 def finish(
@@ -144,33 +186,33 @@ def finish(
     """End the job. A job whose cancel is requested ends only as `cancelled`, and no other does: LeaseLost otherwise."""
     values = _ended(state) | {"report": report, "error": error}
     if state == "succeeded":
-        values |= {"artifact_prefix": lease.artifact_prefix}
+        values |= {"artifact_prefix": lease.artifact_prefix, "stored_bytes": sum(file.bytes for file in files)}
     if progress is not None:
         values |= {"progress": progress}
-    _write(session, lease, ("cancelling",) if state == "cancelled" else ("running",), values)
+    _write(session, lease, ("cancelling",) if state == "cancelled" else ("running",), values, [_ending(state, error)])
     if files:
         session.execute(
             insert(Artifact),
             [{"job_id": lease.job_id, "tenant_id": lease.tenant_id, "path": f.path, "role": f.role, "bytes": f.bytes, "sha256": f.sha256} for f in files],
         )
-    _add(session, lease, _ending(state, error))
+    _pass_on(session, lease)
 
 
 def release(session: Session, lease: Lease, why: str, *, charged: bool) -> None:
     """Put the job back into the queue; an attempt that isn't `charged` doesn't count against `max_attempts`."""
-    _write(session, lease, ("running",), _requeued() | {"attempt": Job.attempt - (0 if charged else 1)})
+    event = Event("requeued", why, {"attempt": lease.attempt, "charged": charged})
+    _write(session, lease, ("running",), _requeued() | {"attempt": Job.attempt - (0 if charged else 1)}, [event])
     _publish_again(session, lease.job_id, lease.tenant_id)
-    _add(session, lease, Event("requeued", why, {"attempt": lease.attempt, "charged": charged}))
 
 
 def reap(session: Session, limit: int = 100) -> list[str]:
     """End or requeue up to `limit` jobs whose lease ran out; returns their ids. Many reapers at once share the rows among them."""
     run_out = (Job.state.in_(HELD), Job.lease_until < db_now())
-    columns = (Job.id, Job.tenant_id, Job.lease_token, Job.attempt, Job.max_attempts, Job.state)
-    rows = session.execute(select(*columns).where(*run_out).order_by(Job.lease_until).limit(limit).with_for_update(skip_locked=True)).all()
+    query = select(*OF_LEASE, Job.state).where(*run_out).order_by(Job.lease_until).limit(limit)
+    rows = session.execute(query.with_for_update(skip_locked=True, of=Job)).all()
     reaped = []
     for row in rows:
-        lease = Lease(row.id, row.tenant_id, row.lease_token, row.attempt, row.max_attempts, {})
+        lease = _lease(row)
         error = None
         if row.state == "cancelling":
             values, event = _ended("cancelled"), _ending("cancelled", None)
@@ -179,16 +221,31 @@ def reap(session: Session, limit: int = 100) -> list[str]:
             values, event = _ended("failed") | {"error": error}, _ending("failed", error)
         else:
             values, event = _requeued(), Event("requeued", "The worker was lost; another one will go on.", {"attempt": lease.attempt, "charged": True})
+        values["ran_seconds"] = _ran_until(Job.lease_until)
+        expired = Event("lease_expired", f"Nothing was heard of attempt {lease.attempt} for the length of its lease.", {"attempt": lease.attempt})
         try:
-            _write(session, lease, (row.state,), values, *run_out)
+            _write(session, lease, (row.state,), values, [expired, event], *run_out)
         except LeaseLost:
             continue
-        _add(session, lease, Event("lease_expired", f"Nothing was heard of attempt {lease.attempt} for the length of its lease.", {"attempt": lease.attempt}))
-        _add(session, lease, event)
         if values["state"] == "queued":
             _publish_again(session, lease.job_id, lease.tenant_id)
+        else:
+            _pass_on(session, lease)
         reaped.append(row.id)
     return reaped
+
+
+def give_up(session: Session, limit: int = 100) -> list[str]:
+    """End up to `limit` jobs of which no attempt began within limits.max_pending; returns their ids."""
+    late = aliased(Job)
+    ids = select(late.id).where(late.state == "queued", late.started_at.is_(None), late.start_by < db_now()).order_by(late.start_by)
+    ended = update(Job).where(Job.id.in_(ids.limit(limit).with_for_update(skip_locked=True)), Job.state == "queued")
+    ended = ended.values(**_ended("failed"), error=MAX_PENDING_EXCEEDED, **_told(1))
+    rows = session.execute(ended.returning(Job.id, Job.tenant_id, Job.queue, Job.last_event), execution_options=UNSYNCHRONIZED).all()
+    for row in rows:
+        event = _ending("failed", MAX_PENDING_EXCEEDED)
+        insert_event(session, row.id, row.tenant_id, row.queue, row.last_event, event.kind, event.message, event.data)
+    return [row.id for row in rows]
 
 
 def finished_jobs(session: Session, job_ids: Sequence[str]) -> set[str]:
@@ -205,33 +262,49 @@ def is_result(session: Session, job_id: str, prefix: str) -> bool:
 # -------------------------------------------------------------------- outbox
 
 
-def take_outbox(session: Session, limit: int) -> list[tuple[int, str]]:
-    """Up to `limit` messages (outbox id, job id), oldest first, that no other relay has in its hands."""
-    query = select(OutboxMessage.id, OutboxMessage.job_id).order_by(OutboxMessage.id).limit(limit).with_for_update(skip_locked=True)
-    return [(row.id, row.job_id) for row in session.execute(query)]
+@dataclass(frozen=True)
+class Message:
+    """An outbox row: there may be work in this class."""
+
+    id: int
+    job_id: str
+    queue: str
 
 
-def mark_published(session: Session, messages: Sequence[tuple[int, str]]) -> None:
-    session.execute(delete(OutboxMessage).where(OutboxMessage.id.in_([number for number, _ in messages])), execution_options=UNSYNCHRONIZED)
-    published = update(Job).where(Job.id.in_([job_id for _, job_id in messages])).values(published_at=db_now())
+def take_outbox(session: Session, limit: int) -> list[Message]:
+    """Up to `limit` messages, oldest first, that no other relay has in its hands."""
+    query = select(OutboxMessage.id, OutboxMessage.job_id, Job.queue).join(Job, Job.id == OutboxMessage.job_id).order_by(OutboxMessage.id)
+    return [Message(*row) for row in session.execute(query.limit(limit).with_for_update(skip_locked=True, of=OutboxMessage))]
+
+
+def mark_published(session: Session, messages: Sequence[Message]) -> None:
+    session.execute(delete(OutboxMessage).where(OutboxMessage.id.in_([message.id for message in messages])), execution_options=UNSYNCHRONIZED)
+    published = update(Job).where(Job.id.in_([message.job_id for message in messages])).values(published_at=db_now())
     session.execute(published, execution_options=UNSYNCHRONIZED)
 
 
-def queued(session: Session) -> int:
-    """How many jobs wait for a worker."""
-    return session.execute(select(func.count()).select_from(Job).where(Job.state == "queued")).scalar_one()
+def waiting(session: Session) -> dict[str, int]:
+    """How many jobs of each class wait for a worker, where any do."""
+    counts = select(Job.queue, func.count()).where(Job.state == "queued").group_by(Job.queue)
+    return dict(session.execute(counts).all())
 
 
-def publish_stale(session: Session, older_than_seconds: float, limit: int) -> int:
-    """Write an outbox message for up to `limit` queued jobs that have none and whose last one was published long ago; returns how many."""
+def publish_stale(session: Session, queue: str, older_than_seconds: float, limit: int) -> int:
+    """Write an outbox message for up to `limit` queued jobs of a class that have none and whose last one was published long ago; returns how many.
+
+    Jobs of a tenant that runs as many as it may are left out: the end of each of those publishes the next one.
+    """
     pending = exists().where(OutboxMessage.job_id == Job.id)
     last = func.coalesce(Job.published_at, Job.updated_at)
+    running = _running()
     query = (
         select(Job.id, Job.tenant_id)
-        .where(Job.state == "queued", last < db_now(-older_than_seconds), ~pending)
+        .join(Tenant, Tenant.id == Job.tenant_id)
+        .outerjoin(running, running.c.tenant_id == Tenant.id)
+        .where(Job.queue == queue, Job.state == "queued", last < db_now(-older_than_seconds), ~pending, _may_run_more(running))
         .order_by(Job.created_at)
         .limit(limit)
-        .with_for_update(skip_locked=True)
+        .with_for_update(skip_locked=True, of=Job)
     )
     rows = session.execute(query).all()
     for row in rows:
@@ -239,33 +312,107 @@ def publish_stale(session: Session, older_than_seconds: float, limit: int) -> in
     return len(rows)
 
 
+# --------------------------------------------------------------- whose turn it is
+
+
+@lru_cache(maxsize=64)  # it takes longer to build than to execute
+def _next_for(queue: str, host_bytes: int, device_bytes: int) -> ScalarSelect[str]:
+    """The id of the job that a worker with so much memory should do next. Reads one job of each tenant, along the index ix_jobs_claim."""
+    head, candidate = aliased(Job), aliased(Job)
+    fits = [or_(head.host_bytes.is_(None), head.host_bytes <= host_bytes)]
+    if device_bytes:
+        fits.append(or_(head.device_bytes.is_(None), head.device_bytes <= device_bytes))
+    in_time = or_(head.start_by.is_(None), head.started_at.is_not(None), head.start_by > db_now())
+    first = (
+        select(head.id)
+        .where(head.tenant_id == Tenant.id, head.queue == queue, head.state == "queued", in_time, *fits)
+        .order_by(head.priority.desc(), head.created_at, head.id)
+        .limit(1)
+        .correlate(Tenant)
+        .scalar_subquery()
+    )
+    running = _running()
+    return (
+        select(candidate.id)
+        .select_from(Tenant)
+        .join(candidate, candidate.id == first)
+        .outerjoin(running, running.c.tenant_id == Tenant.id)
+        .where(_may_run_more(running))
+        .order_by(candidate.priority.desc(), func.coalesce(running.c.jobs, 0), candidate.created_at, candidate.id)
+        .limit(1)
+        .with_for_update(skip_locked=True, of=candidate)
+        .scalar_subquery()
+    )
+
+
+def _running() -> Subquery:
+    """How many jobs each tenant runs, where it runs any."""
+    job = aliased(Job)
+    return select(job.tenant_id, func.count().label("jobs")).where(job.state.in_(HELD)).group_by(job.tenant_id).subquery()
+
+
+def _may_run_more(running: Subquery) -> ColumnElement[bool]:
+    return or_(Tenant.max_running.is_(None), func.coalesce(running.c.jobs, 0) < Tenant.max_running)
+
+
 # ------------------------------------------------------------------- helpers
 
 
+def _lease(row: Row[*tuple[Any, ...]], **work: Any) -> Lease:
+    return Lease(row.id, row.tenant_id, row.queue, row.lease_token, row.attempt, row.max_attempts, row.capped, **work)
+
+
 def _requeued() -> dict[str, Any]:
-    return {"state": "queued", "phase": None, "lease_owner": None, "lease_until": None, "published_at": None}
+    return {"state": "queued", "phase": None, "lease_owner": None, "lease_until": None, "published_at": None, **_over()}
 
 
 def _ended(state: str) -> dict[str, Any]:
-    return {"state": state, "phase": None, "lease_owner": None, "lease_until": None, "finished_at": db_now()}
+    return {"state": state, "phase": None, "lease_owner": None, "lease_until": None, "finished_at": db_now(), **_over()}
+
+
+def _over() -> dict[str, Any]:
+    """What an attempt leaves in its job's row."""
+    return {"ran_seconds": _ran_until(db_now()), "claimed_at": None}
+
+
+def _ran_until(moment: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElement[float]:
+    return Job.ran_seconds + func.coalesce(seconds_between(Job.claimed_at, moment), 0.0)
+
+
+def _told(events: int) -> dict[str, Any]:
+    """The change of a row that its readers are to see, with so many events."""
+    return {"last_event": Job.last_event + events, "version": Job.version + 1, "updated_at": db_now()}
 
 
 def _ending(state: str, error: dict[str, str] | None) -> Event:
     return Event(state, error["message"], {"code": error["code"]}) if error else Event(state, f"The job {'was ' if state == 'cancelled' else ''}{state}.")
 
 
-def _write(session: Session, lease: Lease, states: Sequence[str], values: dict[str, Any], *conditions: ColumnElement[bool]) -> str:
-    """The conditional UPDATE; returns the job's state after it."""
+def _write(session: Session, lease: Lease, states: Sequence[str], values: dict[str, Any], events: Sequence[Event], *conditions: ColumnElement[bool]) -> str:
+    """The conditional UPDATE, and the events that come with it; returns the job's state after it."""
+    if events:
+        values = values | _told(len(events))
     statement = update(Job).where(Job.id == lease.job_id, Job.lease_token == lease.token, Job.state.in_(states), *conditions).values(**values)
-    state = session.execute(statement.returning(Job.state), execution_options=UNSYNCHRONIZED).scalar_one_or_none()
-    if state is None:
+    row = session.execute(statement.returning(Job.state, Job.last_event), execution_options=UNSYNCHRONIZED).one_or_none()
+    if row is None:
         raise LeaseLost(lease.job_id)
-    return state
+    _tell(session, lease, row.last_event, events)
+    return str(row.state)
 
 
-def _add(session: Session, lease: Lease, event: Event) -> None:
-    add_event(session, lease.job_id, lease.tenant_id, event.kind, event.message, event.data)
+def _tell(session: Session, lease: Lease, last: int, events: Sequence[Event]) -> None:
+    """Write events whose numbers end with `last`."""
+    for sequence, event in enumerate(events, last - len(events) + 1):
+        insert_event(session, lease.job_id, lease.tenant_id, lease.queue, sequence, event.kind, event.message, event.data)
 
 
 def _publish_again(session: Session, job_id: str, tenant_id: str) -> None:
     session.execute(insert(OutboxMessage).values(job_id=job_id, tenant_id=tenant_id))
+
+
+def _pass_on(session: Session, lease: Lease) -> None:
+    """Publish the next job of a tenant that may run only so many: its message may have come while it had to wait for this one's end."""
+    if lease.capped:
+        waits = select(Job.id, Job.tenant_id).where(Job.tenant_id == lease.tenant_id, Job.state == "queued")
+        first = waits.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
+        session.execute(insert(OutboxMessage).from_select(["job_id", "tenant_id"], first))

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import case, insert, literal, select, tuple_, update
+from sqlalchemy import Select, bindparam, case, exists, func, insert, literal, select, tuple_, update
 from sqlalchemy.orm import Session, defer
 from uuid_utils import uuid7
 
+from app import telemetry, totals
 from app.database import UtcDateTime, db_now
-from app.models import Artifact, Job, JobEvent, OutboxMessage
-from app.recipe import Recipe
+from app.models import Artifact, Job, JobEvent, OutboxMessage, Tenant, Worker
+from app.recipe import Limits, Recipe
 
 MAX_MESSAGE_LENGTH = 10_000
+COUNTED = ("claimed", "requeued", "lease_expired", "succeeded", "failed", "cancelled")  # events of which the metrics tell how many there were
 
 
 @dataclass(frozen=True)
@@ -27,33 +30,78 @@ class JobFilter:
     model: str | None = None
 
 
-def insert_job(session: Session, tenant_id: str, recipe: Recipe) -> Job:
+def insert_job(
+    session: Session,
+    tenant_id: str,
+    recipe: Recipe,
+    *,
+    queue: str = "default",
+    priority: int = 0,
+    host_bytes: int | None = None,
+    device_bytes: int | None = None,
+    message: str = "Queued.",
+) -> Job:
     """A queued job, its first event and the message that is to be published."""
     row = {
         "id": f"job_{uuid7().hex}",
         "tenant_id": tenant_id,
         "model": recipe.model,
         "method": recipe.method.name,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": _stored(recipe),
+        "queue": queue,
+        "priority": priority,
+        "host_bytes": host_bytes,
+        "device_bytes": device_bytes,
         "max_attempts": recipe.limits.max_attempts,
+        "max_runtime": recipe.limits.max_runtime,
+        "start_by": None if recipe.limits.max_pending is None else db_now(recipe.limits.max_pending),
+        "trace_parent": telemetry.trace_parent(),
         "last_event": 1,
     }
     job = session.scalars(insert(Job).values(row).returning(Job)).one()
     of_job = {"job_id": job.id, "tenant_id": tenant_id}
-    session.execute(insert(JobEvent).values(of_job | {"sequence": 1, "kind": "queued", "message": "Queued."}))
+    session.execute(insert(JobEvent).values(of_job | {"sequence": 1, "kind": "queued", "message": message}))
     session.execute(insert(OutboxMessage).values(of_job))
     return job
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a submission meets."""
+
+    waiting: int  # jobs of its tenant
+    bound: int | None  # as many may wait, if the tenant has a bound of its own
+    served: bool  # a worker of its class lives
+
+
+def find_standing(session: Session, tenant_id: str, queue: str, lease_seconds: float) -> Standing:
+    waiting, bound, served = session.execute(_standing(lease_seconds), {"tenant": tenant_id, "class": queue}).one()
+    return Standing(waiting, bound, served)
+
+
+@lru_cache(maxsize=4)  # every submission asks, and it takes longer to build than to execute
+def _standing(lease_seconds: float) -> Select[int, int | None, bool]:
+    waiting = select(func.count()).where(Job.tenant_id == bindparam("tenant"), Job.state == "queued").scalar_subquery()
+    served = exists().where(Worker.queue == bindparam("class"), Worker.seen_at > db_now(-lease_seconds))
+    return select(waiting, Tenant.max_queued, served).where(Tenant.id == bindparam("tenant"))
 
 
 def add_event(session: Session, job_id: str, tenant_id: str, kind: str, message: str, data: dict[str, Any] | None = None) -> int:
     """Add an event to a job and count the job's version up; the event's sequence number."""
     counted = update(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)
     counted = counted.values(last_event=Job.last_event + 1, version=Job.version + 1, updated_at=db_now())
-    sequence = session.scalars(counted.returning(Job.last_event), execution_options={"synchronize_session": False}).one()
+    sequence, queue = session.execute(counted.returning(Job.last_event, Job.queue), execution_options={"synchronize_session": False}).one()
+    insert_event(session, job_id, tenant_id, queue, sequence, kind, message, data or {})
+    return int(sequence)
+
+
+def insert_event(session: Session, job_id: str, tenant_id: str, queue: str, sequence: int, kind: str, message: str, data: dict[str, Any]) -> None:
+    """Write the event with this number, which the job's `last_event` counts already."""
     text = message.replace("\0", "")[:MAX_MESSAGE_LENGTH]  # Postgres stores no NUL
-    row = {"job_id": job_id, "sequence": sequence, "tenant_id": tenant_id, "kind": kind, "message": text, "data": data or {}}
+    row = {"job_id": job_id, "sequence": sequence, "tenant_id": tenant_id, "kind": kind, "message": text, "data": data}
     session.execute(insert(JobEvent).values(row))
-    return sequence
+    if kind in COUNTED:
+        totals.count(session, totals.EVENTS, kind=kind, queue=queue, code=str(data.get("code", "")))
 
 
 def find_job(session: Session, tenant_id: str, job_id: str) -> Job | None:
@@ -105,3 +153,9 @@ def list_artifacts(session: Session, tenant_id: str, job_id: str) -> Sequence[Ar
 
 def find_artifact(session: Session, tenant_id: str, job_id: str, path: str) -> Artifact | None:
     return session.scalar(select(Artifact).where(Artifact.job_id == job_id, Artifact.tenant_id == tenant_id, Artifact.path == path))
+
+
+def _stored(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as workers of this release and of the one before read it: that one knows only two limits, and no others are told that aren't used."""
+    unused = {name for name, field in Limits.model_fields.items() if getattr(recipe.limits, name) == field.default} - {"max_attempts", "max_runtime"}
+    return recipe.model_dump(mode="json", include=set(Recipe.model_fields), exclude={"limits": unused})

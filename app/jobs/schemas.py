@@ -5,18 +5,16 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from app import models
 from app.estimate import Estimate
 from app.models import FINISHED
+from app.queues.schemas import Out, Placement
 from app.recipe import MethodName, Recipe
+from app.settings import QUEUE
 
 State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
-
-
-class Out(BaseModel):
-    model_config = ConfigDict(from_attributes=True, frozen=True)
 
 
 class Submission(Recipe):
@@ -28,6 +26,14 @@ class Submission(Recipe):
         description="A hub id, or the path of a local checkpoint below a root that the operator allows.",
         examples=["HuggingFaceTB/SmolLM2-135M"],
     )
+    queue: str = Field(
+        "default",
+        pattern=QUEUE,
+        description="The class of workers that is to run it, of those that GET /v1/queues lists; one without live workers keeps it waiting. `auto`: the class with "
+        "the least memory that suffices, or `default` where the job's need is not known beforehand.",
+        examples=["default", "auto"],
+    )
+    priority: int = Field(0, ge=-10, le=10, description="Jobs of higher priority are begun first.", examples=[0])
 
 
 class Validation(Out):
@@ -35,6 +41,7 @@ class Validation(Out):
 
     recipe: Recipe = Field(description="As it would be run, with all defaults.")
     estimate: Estimate | None = Field(description="What it would cost; null where the checkpoint lies on the hub, whose headers are read when the job runs.")
+    placement: Placement = Field(description="Which class of workers would get it, and whether it fits there.")
 
 
 class Progress(Out):
@@ -51,6 +58,8 @@ class Progress(Out):
     steps_total: int | None = Field(None, description="Its steps at most.", examples=[200])
     loss: float | None = Field(None, description="Its loss in the last step.", examples=[2.71])
     tokens_per_second: float | None = Field(None, description="Tokens that it trains on a second.", examples=[310.5])
+    bytes_done: int | None = Field(None, description="Bytes of the result's files stored so far.", examples=[134217728])
+    bytes_total: int | None = Field(None, description="Their bytes in all.", examples=[269060552])
     eta_seconds: float | None = Field(None, description="Seconds to go, as far as can be told.", examples=[40])
 
 
@@ -69,8 +78,12 @@ class Links(Out):
     events: str = Field(description="What happened to it.", examples=["/v1/jobs/job_0193d5f0/events"])
     cancel: str | None = Field(description="POST here to cancel it; null once it has finished.", examples=["/v1/jobs/job_0193d5f0/cancel"])
     report: str | None = Field(description="Everything measured, once it has succeeded.", examples=["/v1/jobs/job_0193d5f0/report"])
-    artifacts: str | None = Field(description="The manifest of its files, once it has succeeded.", examples=["/v1/jobs/job_0193d5f0/artifacts"])
-    checkpoint: str | None = Field(description="The pruned model as a tar, once it has succeeded.", examples=["/v1/jobs/job_0193d5f0/checkpoint"])
+    artifacts: str | None = Field(
+        description="The manifest of its files, once it has succeeded and while they are kept.", examples=["/v1/jobs/job_0193d5f0/artifacts"]
+    )
+    checkpoint: str | None = Field(
+        description="The pruned model as a tar, once it has succeeded and while it is kept.", examples=["/v1/jobs/job_0193d5f0/checkpoint"]
+    )
 
 
 class Job(Out):
@@ -84,6 +97,8 @@ class Job(Out):
     max_attempts: int = Field(description="How often it may be started when its worker dies.", examples=[3])
     model: str = Field(description="The model to prune, as submitted.", examples=["HuggingFaceTB/SmolLM2-135M"])
     method: MethodName = Field(description="The pruning method.", examples=["cfsp"])
+    queue: str = Field(description="The class of workers that may run it.", examples=["default"])
+    priority: int = Field(description="Jobs of higher priority are begun first.", examples=[0])
     recipe: Recipe = Field(description="The whole recipe, with every default filled in.")
     error: JobError | None = Field(description="Why it failed; null otherwise.")
     links: Links = Field(description="Where its parts are.")
@@ -96,13 +111,14 @@ class Job(Out):
     def of(cls, job: models.Job) -> Self:
         path = f"/v1/jobs/{job.id}"
         succeeded = job.state == "succeeded"
+        stored = succeeded and job.artifact_prefix is not None
         links = Links(
             self=path,
             events=f"{path}/events",
             cancel=None if job.state in FINISHED else f"{path}/cancel",
             report=f"{path}/report" if succeeded else None,
-            artifacts=f"{path}/artifacts" if succeeded else None,
-            checkpoint=f"{path}/checkpoint" if succeeded else None,
+            artifacts=f"{path}/artifacts" if stored else None,
+            checkpoint=f"{path}/checkpoint" if stored else None,
         )
         fields = {name: getattr(job, name) for name in cls.model_fields if name != "links"}
         return cls.model_validate({**fields, "links": links})
@@ -120,7 +136,8 @@ class Event(Out):
 
     sequence: int = Field(description="1, 2, … within the job, without gaps.", examples=[3])
     kind: str = Field(
-        description="`queued`, `claimed`, `phase`, `progress`, `log`, `cancel_requested`, `cancelled`, `requeued`, `succeeded`, `failed` or `lease_expired`.",
+        description="`queued`, `claimed`, `phase`, `progress`, `log`, `cancel_requested`, `cancelled`, `requeued`, `succeeded`, `failed`, `lease_expired` or "
+        "`artifacts_deleted`.",
         examples=["phase"],
     )
     message: str = Field(description="For people.", examples=["Pruning."])

@@ -11,15 +11,18 @@ from datetime import datetime
 from sqlalchemy.orm import Session
 
 from app.counting import count_parameters, fraction_of
-from app.estimate import estimate
-from app.exceptions import ConflictError, CursorError, NotFoundError, RecipeError
+from app.estimate import Estimate, estimate
+from app.exceptions import ConflictError, CursorError, GoneError, NotFoundError, QuotaError, RecipeError
 from app.jobs import repository
 from app.jobs.repository import JobFilter
 from app.jobs.schemas import Submission, Validation
 from app.models import FINISHED, Artifact, Job
-from app.recipe import MODEL_ID, Budget, Recipe
+from app.queues.service import AUTO, place
+from app.recipe import MODEL_ID, Budget
 from app.settings import Settings
-from app.source import Source, check_recipe, find_local, find_text, read_source
+from app.source import Source, check_recipe, find_local, find_stored, find_text, read_source
+
+RETRY_SECONDS = 30  # after a submission that was one too many
 
 
 def check_submission(recipe: Submission, settings: Settings) -> Source | None:
@@ -37,6 +40,8 @@ def check_submission(recipe: Submission, settings: Settings) -> Source | None:
             if not isinstance(recipe.sparsity, Budget):
                 fraction_of(recipe, count_parameters(source, []))
             return source
+    elif find_stored(recipe.model, settings.model_urls) is not None:
+        return None  # the worker looks at it
     elif not MODEL_ID.fullmatch(recipe.model):
         raise RecipeError(
             f"'{recipe.model[:100]}' is neither a hub id nor a folder below an allowed root.",
@@ -54,14 +59,49 @@ def check_submission(recipe: Submission, settings: Settings) -> Source | None:
     return None
 
 
-def validate(recipe: Submission, settings: Settings) -> Validation:
-    """Every check of a submission, and what the job would cost."""
+def cost_of(recipe: Submission, settings: Settings) -> Estimate | None:
+    """What a submission costs; None where that is not known before it runs. Raises RecipeError for one that can never run."""
     source = check_submission(recipe, settings)
-    return Validation(recipe=recipe, estimate=None if source is None else estimate(recipe, source))
+    if source is None:
+        return None
+    texts = {name: find_text(name, settings.text_roots, pointer) for pointer, name in recipe.texts.items()}
+    return estimate(recipe, source, {name: path.stat().st_size for name, path in texts.items() if path is not None and path.is_file()})
 
 
-def submit(session: Session, tenant_id: str, recipe: Recipe) -> Job:
-    return repository.insert_job(session, tenant_id, recipe)
+def validate(session: Session, recipe: Submission, cost: Estimate | None, settings: Settings) -> Validation:
+    """What is known of a submission that could be made."""
+    return Validation(recipe=recipe, estimate=cost, placement=place(session, recipe.queue, cost, settings.lease_seconds))
+
+
+def submit(session: Session, tenant_id: str, recipe: Submission, cost: Estimate | None, settings: Settings) -> Job:
+    """Raises QuotaError where the tenant has as many waiting jobs as it may; requests at the same moment may exceed that by their number."""
+    queue = recipe.queue
+    standing = repository.find_standing(session, tenant_id, queue, settings.lease_seconds)
+    bound = settings.max_queued if standing.bound is None else standing.bound
+    if standing.waiting >= bound:
+        raise _too_many(standing.waiting, bound)
+    served = standing.served
+    if cost is not None or queue == AUTO:
+        placement = place(session, queue, cost, settings.lease_seconds)
+        queue, served = placement.queue, placement.live_workers > 0
+    return repository.insert_job(
+        session,
+        tenant_id,
+        recipe,
+        queue=queue,
+        priority=recipe.priority,
+        host_bytes=None if cost is None else cost.host_bytes,
+        device_bytes=None if cost is None else cost.device_bytes,
+        message="Queued." if served else f"Queued; no worker of the queue '{queue}' lives now, so it waits for one.",
+    )
+
+
+def _too_many(waiting: int, bound: int) -> QuotaError:
+    error = QuotaError(
+        f"{waiting} jobs wait, and this tenant may have {bound} waiting.", code="too_many_queued", hint="Submit again when some have begun, or cancel some."
+    )
+    error.headers = {"Retry-After": str(RETRY_SECONDS)}
+    return error
 
 
 def get_job(session: Session, tenant_id: str, job_id: str) -> Job:
@@ -82,6 +122,18 @@ def get_succeeded(session: Session, tenant_id: str, job_id: str) -> Job:
         raise ConflictError(f"The job {job.state}, so it has no result.", code="job_without_result", hint="Its error and its events say why.")
     if job.state != "succeeded":
         raise ConflictError(f"The job is {job.state}.", code="job_not_finished", hint="Wait until its state is succeeded.")
+    return job
+
+
+def get_stored(session: Session, tenant_id: str, job_id: str) -> Job:
+    """A job whose result's files are kept."""
+    job = get_succeeded(session, tenant_id, job_id)
+    if job.artifact_prefix is None:
+        raise GoneError(
+            "The files of this result were deleted.",
+            code="artifacts_expired",
+            hint="The job's last event says why. Its report is kept; submit its recipe again to have the files again.",
+        )
     return job
 
 

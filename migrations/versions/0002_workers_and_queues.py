@@ -1,4 +1,4 @@
-"""Workers, queues, priorities, caps of tenants, what a job needs and what its results take.
+"""Workers, queues, priorities, caps of tenants, what a job needs and what its results take, and counts for the metrics.
 
 An old worker or an old API goes on with this schema: what is new is nullable or has a default.
 """
@@ -17,6 +17,7 @@ depends_on = None
 Json = sa.JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 Time = sa.DateTime(timezone=True)
 QUEUED = sa.text("state = 'queued'")
+TO_START = sa.text("state = 'queued' AND start_by IS NOT NULL")
 
 
 def of_tenants() -> list[sa.Column[object]]:
@@ -43,7 +44,9 @@ def upgrade() -> None:
         op.add_column("tenants", column)
     for column in of_jobs():
         op.add_column("jobs", column)
-    op.create_index("ix_jobs_claim", "jobs", ["queue", "priority", "created_at"], postgresql_where=QUEUED, sqlite_where=QUEUED)
+    claim: list[str | sa.TextClause] = ["tenant_id", "queue", sa.text("priority DESC"), "created_at", "id"]
+    op.create_index("ix_jobs_claim", "jobs", claim, postgresql_where=QUEUED, sqlite_where=QUEUED)
+    op.create_index("ix_jobs_start_by", "jobs", ["start_by"], postgresql_where=TO_START, sqlite_where=TO_START)
     op.create_table(
         "workers",
         sa.Column("id", sa.String(200), primary_key=True),
@@ -57,10 +60,19 @@ def upgrade() -> None:
         sa.Column("started_at", Time, nullable=False),
         sa.Column("seen_at", Time, nullable=False),
     )
+    op.create_table(
+        "totals",
+        sa.Column("name", sa.String(64), primary_key=True),
+        sa.Column("labels", sa.String(300), primary_key=True),
+        sa.Column("shard", sa.Integer(), primary_key=True),
+        sa.Column("value", sa.Float(), nullable=False),
+    )
 
 
 def downgrade() -> None:
+    op.drop_table("totals")
     op.drop_table("workers")
+    op.drop_index("ix_jobs_start_by", "jobs")
     op.drop_index("ix_jobs_claim", "jobs")
     for column in reversed(of_jobs()):
         op.drop_column("jobs", column.name)

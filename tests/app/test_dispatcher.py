@@ -19,7 +19,8 @@ from app import dispatcher, queue
 from app.database import Database, db_now
 from app.dispatcher import Dispatcher
 from app.jobs import lease as leases
-from app.models import Job
+from app.models import Job, Worker
+from app.queues import repository as workers
 from app.settings import Settings
 from tests import jobs
 from tests.servers import free_port, postgres, valkey
@@ -39,12 +40,12 @@ def database(settings: Settings) -> Iterator[Database]:
     opened.dispose()
 
 
-def received(settings: Settings) -> list[str]:
-    """Take all messages from the broker; the job ids."""
+def received(settings: Settings, name: str = queue.QUEUE) -> list[str]:
+    """Take all messages from a queue of the broker; the job ids."""
     ids = []
     with queue.make_celery(settings).connection_for_read() as connection:
         channel = connection.default_channel
-        while (message := channel.basic_get(queue.QUEUE, no_ack=True)) is not None:
+        while (message := channel.basic_get(name, no_ack=True)) is not None:
             assert message.headers["task"] == queue.TASK
             assert message.content_type == "application/json"
             ids.append(json.loads(message.body)[0][0])
@@ -77,6 +78,32 @@ def test_what_the_broker_lost_is_published_again_and_what_it_holds_is_not(settin
     assert received(settings) == []  # just published
 
 
+def test_each_class_has_its_queue(settings: Settings, database: Database) -> None:
+    ids = {name: jobs.submit(database, queue=name) for name in ("default", "large", "prune")}
+    names = {"default": "prune", "large": "prune-large", "prune": "prune-prune"}
+    dispatching = Dispatcher(database, settings)
+    assert dispatching.sweep()
+    assert {name: queue.depth(settings, queue.of_class(name)) for name in ids} == dict.fromkeys(ids, 1)
+    assert received(settings, names["large"]) == [ids["large"]]  # which is lost
+    with database.writing() as session:
+        session.execute(update(Job).values(published_at=db_now(-settings.republish_seconds - 1)))
+    assert dispatching.sweep()
+    assert {name: received(settings, names[name]) for name in ids} == {name: [job_id] for name, job_id in ids.items()}
+
+
+def test_late_jobs_are_given_up_and_lost_workers_forgotten(settings: Settings, database: Database) -> None:
+    job_id = jobs.submit(database, limits={"max_pending": 1})
+    with database.writing() as session:
+        worker = Worker(id="lost", queue="default", devices=[], host_bytes=1, device_bytes=0, version="0")
+        workers.announce(session, worker, disk_bytes=1, draining=False)
+        session.execute(update(Worker).values(seen_at=db_now(-dispatcher.FORGOTTEN_AFTER_SECONDS - 1)))
+        session.execute(update(Job).values(start_by=db_now(-1)))
+    assert Dispatcher(database, settings).sweep()
+    assert jobs.get(database, job_id).state == "failed"
+    with database.reading() as session:
+        assert session.get(Worker, "lost") is None
+
+
 def test_an_expired_lease_is_reaped_and_published(settings: Settings, database: Database) -> None:
     job_id = jobs.submit(database)
     dispatching = Dispatcher(database, settings)
@@ -102,7 +129,7 @@ def test_a_wake_up_publishes_at_once(tmp_path: Path) -> None:
     finally:
         dispatching.stop()
         database.dispose()
-    assert not any(thread.name == "dispatcher" for thread in threading.enumerate())
+    assert not any(thread.name.startswith("dispatcher") for thread in threading.enumerate())
 
 
 def test_a_broker_outage_delays_messages_and_keeps_no_lease_from_being_reaped(tmp_path: Path) -> None:
@@ -135,6 +162,23 @@ def test_a_broker_that_does_not_answer_is_given_up_soon(tmp_path: Path) -> None:
         with pytest.raises(Exception, match=r"(?i)timeout|timed out"):
             queue.publish(settings, "job_1")
         assert time.monotonic() - began < 25
+
+
+def test_a_broker_that_hangs_keeps_no_lease_from_being_reaped(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", free_port()), backlog=1) as silent:
+        settings = Settings(home=tmp_path, broker_url=f"redis://127.0.0.1:{silent.getsockname()[1]}/0", sweep_seconds=0.1)
+        database = jobs.open_database(settings.database_url.get_secret_value())
+        ids = [jobs.submit(database, limits={"max_attempts": 1}) for _ in range(2)]
+        dispatching = Dispatcher(database, settings)
+        dispatching.start()
+        try:
+            for job_id in ids:
+                with database.writing() as session:
+                    leases.claim(session, job_id, "worker", 0.001)
+                jobs.wait_for_state(database, job_id, "failed", seconds=3)
+        finally:
+            dispatching.stop()
+            database.dispose()
 
 
 def test_a_database_outage_is_survived(tmp_path: Path) -> None:

@@ -57,13 +57,33 @@ def test_bonsai_s_rounds_get_cheaper_and_all_its_sub_models_count(source: Source
     assert bonsai_rounds(recipe_of(), source) == []
 
 
+def test_passes_are_walks_over_all_blocks_and_a_hash_and_a_check(source: Source) -> None:
+    def passes(**fields: Any) -> int:
+        return estimate(recipe_of(**fields), source).passes
+
+    assert (passes(), passes(method="wanda"), passes(method="wanda", allocation="owl")) == (4, 3, 4)
+    assert passes(evaluation={"windows": 1}) == 6
+    assert passes(method={"name": "bonsai", "masks": 10, "prune_fraction": 0.1}, sparsity=0.25) == 4 + 3 * 11 - 1
+    taught = {"name": "lora", "steps": 10, "batch": 128, "sequence_length": 512, "source": "c4", "distillation": {}}
+    assert passes(recovery=taught) == 4 + 2 + 10  # 65536 tokens are read for at once
+
+
+def test_seconds_lie_between_a_large_gpu_s_and_two_busy_cores(source: Source) -> None:
+    short, long = estimate(recipe_of(), source), estimate(recipe_of(calibration={"samples": 65536, "sequence_length": 4096}), source)
+    assert short.seconds_least < short.seconds_most
+    assert long.seconds_least < long.seconds_on_two_cores < long.seconds_most
+
+
 def test_validate_only_answers_with_the_whole_recipe_and_its_cost_and_submits_nothing(api: Api, roots: Path) -> None:
     make_checkpoint(roots / "models" / "estimated", "llama")
     asked = RECIPE | {"model": "estimated", "method": {"name": "bonsai", "masks": 8}, "sparsity": 0.1, "evaluation": None}
     answer = api.post("/v1/jobs?validate_only=true", json=asked)
     assert answer.status_code == 200
     assert answer.json()["recipe"]["method"]["prune_fraction"] == 0.05
-    assert (answer.json()["estimate"]["rounds"], answer.json()["estimate"]["sub_models"]) == (2, 16)
+    told = answer.json()["estimate"]
+    assert (told["rounds"], told["sub_models"]) == (2, 16)
+    assert told["host_bytes"] == told["phase_host_bytes"][told["peak_phase"]]
+    assert told["disk_bytes"] > told["output_bytes"] > 0
     assert api.get("/v1/jobs").json()["items"] == []
 
 

@@ -12,6 +12,7 @@ from sqlalchemy import func, select
 
 from app.jobs import repository, service
 from app.jobs.lease import LeaseLost, beat, finish
+from app.jobs.schemas import Submission
 from app.models import Job, JobEvent, OutboxMessage, Tenant
 from app.recipe import Recipe
 from app.report import Report
@@ -59,7 +60,7 @@ def test_a_recipe_comes_back_with_its_defaults(api: Api, changes: dict[str, Any]
 
 
 def test_job_event_and_message_are_one_transaction(shared_api: Api) -> None:
-    database = shared_api.database
+    database, submission = shared_api.database, Submission.model_validate(RECIPE)
     with database.writing() as session:
         session.add(Tenant(id="tenant_of_one", name="one transaction"))
 
@@ -69,14 +70,14 @@ def test_job_event_and_message_are_one_transaction(shared_api: Api) -> None:
 
     def submit_and_fail() -> None:
         with database.writing() as session:
-            service.submit(session, "tenant_of_one", Recipe.model_validate(RECIPE))
+            service.submit(session, "tenant_of_one", submission, None, shared_api.settings)
             raise RuntimeError("the process is killed before the commit")
 
     with pytest.raises(RuntimeError):
         submit_and_fail()
     assert rows() == [0, 0, 0]
     with database.writing() as session:
-        service.submit(session, "tenant_of_one", Recipe.model_validate(RECIPE))
+        service.submit(session, "tenant_of_one", submission, None, shared_api.settings)
     assert rows() == [1, 1, 1]
 
 

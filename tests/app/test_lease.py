@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
 
 from app.database import Database, db_now
 from app.jobs import lease as leases
 from app.jobs.lease import Event, Lease, LeaseLost, StoredFile
-from app.models import Artifact, Job
+from app.models import Artifact, Job, OutboxMessage, Tenant, Worker
 from tests import jobs
 
 
@@ -30,6 +33,20 @@ def claim(database: Database, job_id: str, seconds: float = 30) -> Lease:
         lease = leases.claim(session, job_id, "worker", seconds)
     assert lease is not None
     return lease
+
+
+def worker(queue: str = "default", host_bytes: int = 10**9, device_bytes: int = 0) -> Worker:
+    return Worker(id="worker", queue=queue, host_bytes=host_bytes, device_bytes=device_bytes)
+
+
+def claim_next(database: Database, by: Worker) -> Lease | None:
+    with database.writing() as session:
+        return leases.claim_next(session, by, 30)
+
+
+def end(database: Database, lease: Lease) -> None:
+    with database.writing() as session:
+        leases.finish(session, lease, "failed", error={"code": "c", "message": "m", "hint": "h"})
 
 
 def reap(database: Database) -> list[str]:
@@ -238,15 +255,16 @@ def test_a_reaper_takes_a_bounded_batch(database: Database) -> None:
 def test_stale_means_published_long_ago_and_not_in_the_outbox(database: Database) -> None:
     waiting, published = jobs.submit(database), jobs.submit(database)
     with database.writing() as session:
-        messages = [message for message in leases.take_outbox(session, 10) if message[1] == published]
+        messages = [message for message in leases.take_outbox(session, 10) if message.job_id == published]
         leases.mark_published(session, messages)
     with database.writing() as session:
-        assert leases.publish_stale(session, 30, 10) == 0
+        assert leases.publish_stale(session, "default", 30, 10) == 0
         session.execute(update(Job).values(published_at=db_now(-31)))
     with database.writing() as session:
-        assert leases.publish_stale(session, 30, 10) == 1
-        assert leases.publish_stale(session, 30, 10) == 0
-        assert sorted(job_id for _, job_id in leases.take_outbox(session, 10)) == sorted([waiting, published])
+        assert leases.publish_stale(session, "other", 30, 10) == 0
+        assert leases.publish_stale(session, "default", 30, 10) == 1
+        assert leases.publish_stale(session, "default", 30, 10) == 0
+        assert sorted(message.job_id for message in leases.take_outbox(session, 10)) == sorted([waiting, published])
 
 
 def test_which_jobs_are_over(database: Database) -> None:
@@ -254,3 +272,177 @@ def test_which_jobs_are_over(database: Database) -> None:
     jobs.cancel(database, ended)
     with database.reading() as session:
         assert leases.finished_jobs(session, [queued, ended, "job_0"]) == {ended, "job_0"}
+
+
+# --------------------------------------------------------------- whose turn it is
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_jobs_are_claimed_by_priority_then_fairness_then_age(database: Database, seed: int) -> None:
+    """Random jobs of several tenants with and without caps, claimed and ended in a random order: each claim is the one that the rule names."""
+    draw = random.Random(seed)
+    caps: dict[str, int | None] = {jobs.add_tenant(database, name, cap): cap for name, cap in (("a", None), ("b", None), ("c", 1), ("d", 2), ("e", 0))}
+    waiting: list[tuple[int, str, int]] = []  # number of submission, tenant, priority
+    ids: list[str] = []
+    running: dict[str, Lease] = {}
+
+    def expected() -> str | None:
+        busy = Counter(lease.tenant_id for lease in running.values())
+        allowed = [job for job in waiting if (cap := caps[job[1]]) is None or busy[job[1]] < cap]
+        if not allowed:
+            return None
+        number, _, _ = job = min(allowed, key=lambda job: (-job[2], busy[job[1]], job[0]))
+        waiting.remove(job)
+        return ids[number]
+
+    for _ in range(70):
+        match draw.choice(["submit", "submit", "claim", "claim", "end"]):
+            case "submit":
+                tenant, priority = draw.choice(list(caps)), draw.choice([-10, 0, 0, 10])
+                waiting.append((len(ids), tenant, priority))
+                ids.append(jobs.submit(database, tenant=tenant, priority=priority))
+            case "claim":
+                lease = claim_next(database, worker())
+                assert (lease and lease.job_id) == expected()
+                if lease is not None:
+                    running[lease.job_id] = lease
+            case "end" if running:
+                end(database, running.pop(draw.choice(list(running))))
+    while (job_id := expected()) is not None:
+        lease = claim_next(database, worker())
+        assert lease is not None
+        assert lease.job_id == job_id
+        end(database, lease)
+    assert claim_next(database, worker()) is None
+
+
+def test_a_tenant_with_many_jobs_starves_no_other(database: Database) -> None:
+    many, one = jobs.add_tenant(database, "with many"), jobs.add_tenant(database, "with few")
+    for _ in range(30):
+        jobs.submit(database, tenant=many)
+    late = [jobs.submit(database, tenant=one) for _ in range(3)]
+    claimed = [claim_next(database, worker()) for _ in range(6)]
+    assert [lease.job_id for lease in claimed if lease is not None and lease.tenant_id == one] == late
+    assert [lease.tenant_id for lease in claimed if lease is not None] == [many, one] * 3
+
+
+def test_a_worker_claims_only_what_its_class_and_memory_allow(database: Database) -> None:
+    elsewhere = jobs.submit(database, queue="large")
+    big = jobs.submit(database, host_bytes=10**9 + 1)
+    on_device = jobs.submit(database, host_bytes=10, device_bytes=100, priority=-1)
+    small, plain = worker(device_bytes=99), worker()
+    assert claim_next(database, small) is None
+    with database.reading() as session:
+        assert not leases.work_waits(session, small)
+        assert leases.work_waits(session, plain)
+    lease = claim_next(database, plain)  # without a GPU, what a job needs of one says nothing
+    assert lease is not None
+    assert lease.job_id == on_device
+    with database.reading() as session:
+        assert not leases.work_waits(session, worker(host_bytes=2 * 10**9))  # it has a job
+    for by, job_id in ((worker(host_bytes=2 * 10**9), big), (worker("large"), elsewhere)):
+        lease = claim_next(database, by)
+        assert lease is not None
+        assert lease.job_id == job_id
+
+
+def test_simultaneous_claims_keep_the_cap_and_leave_nothing_behind(database: Database) -> None:
+    capped, free = jobs.add_tenant(database, "capped", 2), jobs.add_tenant(database, "free")
+    for _ in range(6):
+        jobs.submit(database, tenant=capped)
+        jobs.submit(database, tenant=free)
+    with ThreadPoolExecutor(8) as pool:
+        claimed = [lease for lease in pool.map(lambda _: claim_next(database, worker()), range(12)) if lease is not None]
+    assert Counter(lease.tenant_id for lease in claimed) == {capped: 2, free: 6}
+    assert len({lease.job_id for lease in claimed}) == 8
+
+
+def test_the_end_of_a_capped_tenant_s_job_publishes_its_next(database: Database) -> None:
+    capped = jobs.add_tenant(database, "capped", 1)
+    first, second, third = (jobs.submit(database, tenant=capped, priority=priority) for priority in (2, 0, 1))
+    lease = claim_next(database, worker())
+    assert lease is not None
+    assert lease.job_id == first
+    with database.writing() as session:
+        leases.mark_published(session, leases.take_outbox(session, 10))
+        session.execute(update(Job).values(published_at=db_now(-60)))
+    with database.writing() as session:
+        assert leases.publish_stale(session, "default", 30, 10) == 0  # in vain, as long as the first one runs
+    end(database, lease)
+    with database.reading() as session:
+        assert session.scalars(select(OutboxMessage.job_id)).all() == [third]
+        assert session.get_one(Job, second).state == "queued"
+    assert claim_next(database, worker()) is not None
+    with database.writing() as session:
+        leases.mark_published(session, leases.take_outbox(session, 10))
+        session.execute(update(Job).where(Job.id == third).values(max_attempts=1, lease_until=db_now(-1)))
+    assert reap(database) == [third]
+    with database.reading() as session:
+        assert session.scalars(select(OutboxMessage.job_id)).all() == [second]
+
+
+def test_the_time_of_all_attempts_counts(database: Database) -> None:
+    job_id = jobs.submit(database, limits={"max_runtime": 100})
+
+    def lasted(seconds: float) -> None:
+        with database.writing() as session:
+            session.execute(update(Job).where(Job.id == job_id).values(claimed_at=db_now(-seconds)))
+
+    first = claim(database, job_id)
+    assert first.seconds_to_run == 100
+    lasted(20)
+    with database.writing() as session:
+        leases.release(session, first, "drained", charged=False)
+    assert jobs.get(database, job_id).ran_seconds == pytest.approx(20, abs=5)
+    second = claim(database, job_id)
+    assert second.attempt == 1
+    assert second.seconds_to_run == pytest.approx(80, abs=5)
+    lasted(50)
+    with database.writing() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(lease_until=db_now(-20)))  # the last 20 seconds, nobody may have worked
+    assert reap(database) == [job_id]
+    third = claim(database, job_id)
+    assert third.seconds_to_run == pytest.approx(50, abs=5)
+    lasted(1000)
+    end(database, third)
+    assert jobs.get(database, job_id).ran_seconds == pytest.approx(1050, abs=10)
+
+
+def test_an_attempt_of_a_release_that_kept_no_time_costs_none(database: Database) -> None:
+    job_id = jobs.submit(database, limits={"max_runtime": 100})
+    lease = claim(database, job_id)
+    with database.writing() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(claimed_at=None, max_runtime=None))
+    with database.writing() as session:
+        leases.release(session, lease, "why", charged=True)
+    assert claim(database, job_id).seconds_to_run == 100
+
+
+def test_a_job_that_begins_too_late_is_given_up(database: Database) -> None:
+    late, begun, patient = (jobs.submit(database, limits={"max_pending": 60}) for _ in range(3))
+    with database.writing() as session:
+        leases.release(session, claim_as(session, begun), "drained", charged=False)
+        session.execute(update(Job).where(Job.id.in_([late, begun])).values(start_by=db_now(-1)))
+    with database.writing() as session:
+        session.execute(update(Tenant).values(max_running=1))
+        assert leases.give_up(session) == [late]
+        assert leases.give_up(session) == []
+    job = jobs.get(database, late)
+    assert (job.state, job.attempt, job.finished_at is not None) == ("failed", 0, True)
+    assert job.error is not None
+    assert job.error["code"] == "max_pending_exceeded"
+    assert jobs.events(database, late) == ["queued", "failed"]
+    assert {jobs.get(database, job_id).state for job_id in (begun, patient)} == {"queued"}
+
+
+def test_a_job_whose_time_to_begin_has_passed_is_not_claimed(database: Database) -> None:
+    job_id = jobs.submit(database, limits={"max_pending": 60})
+    with database.writing() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(start_by=db_now(-1)))
+    assert claim_next(database, worker()) is None
+
+
+def claim_as(session: Session, job_id: str) -> Lease:
+    lease = leases.claim(session, job_id, "worker", 30)
+    assert lease is not None
+    return lease

@@ -6,6 +6,7 @@ import hashlib
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,43 @@ def test_a_later_put_replaces(store: Store, tmp_path: Path) -> None:
     put(store, "twice", LARGE, tmp_path)
     put(store, "twice", b"new", tmp_path)
     assert get(store, "twice") == b"new"
+
+
+@pytest.mark.parametrize("content", [b"x", LARGE], ids=["small", "large"])
+def test_what_is_created_is_written_once(store: Store, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    (tmp_path / "other").write_bytes(content[::-1] + b"y")
+    (tmp_path / "changed").write_bytes(b"z" + content[1:])
+    done: list[int] = []
+    first = store.put_file(f"once/{len(content)}", tmp_path / "file", create=True, on_bytes=done.append)
+    assert sum(done) == len(content)
+    [before] = store.entries("once/")
+    assert store.put_file(f"once/{len(content)}", tmp_path / "file", create=True, on_bytes=done.append) == first
+    assert sum(done) == 2 * len(content)
+    for name in ("other", "changed"):
+        with pytest.raises(UnavailableError) as told:
+            store.put_file(f"once/{len(content)}", tmp_path / name, create=True)
+        assert told.value.code == "store_conflict"
+    assert store.entries("once/") == [before]
+    assert get(store, f"once/{len(content)}") == content
+    store.delete_prefix("once/")
+
+
+def test_pages_hold_everything_below_a_prefix_and_can_be_deleted(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.storage.PAGE", 2)
+    keys = {f"p/jobs/j{number}/a1/x" for number in range(5)}
+    for key in sorted({*keys, "p/jobs2/x", "q/x"}):
+        put(store, key, b"x", tmp_path)
+    pages = list(store.pages("p/jobs"))
+    assert all(0 < len(page) <= 2 for page in pages)
+    entries = [entry for page in pages for entry in page]
+    assert {entry.key for entry in entries} == keys
+    assert len(entries) == len(keys)
+    assert all(entry.bytes == 1 and abs((datetime.now(UTC) - entry.modified).total_seconds()) < 60 for entry in entries)
+    store.delete([*keys, "p/jobs/j0/a1/never-was"])
+    assert list(store.pages("p/jobs")) == []
+    assert get(store, "p/jobs2/x") == get(store, "q/x") == b"x"
+    store.delete(["p/jobs2/x", "q/x"])
 
 
 def test_delete_prefix_deletes_that_prefix_alone(store: Store, tmp_path: Path) -> None:
@@ -133,6 +171,19 @@ def test_delete_prefix_takes_what_a_killed_upload_left(tmp_path: Path) -> None:
     (folder / "half#1").write_bytes(b"half")  # the name under which obstore writes before it renames
     store.delete_prefix("t/a1/")
     assert not folder.exists()
+
+
+def test_what_a_killed_upload_left_is_listed_and_deleted_with_its_folders(tmp_path: Path) -> None:
+    store = open_store(Settings(home=tmp_path / "home"))
+    put(store, "t/jobs/j1/a1/file", b"x", tmp_path)
+    folder = tmp_path / "home" / "objects" / "t" / "jobs" / "j2" / "a1" / "checkpoint"
+    folder.mkdir(parents=True)
+    (folder / "half#1").write_bytes(b"half")
+    half = "t/jobs/j2/a1/checkpoint/half#1"
+    assert {entry.key for page in store.pages("t/jobs") for entry in page} == {"t/jobs/j1/a1/file", half}
+    assert [entry.key for entry in store.entries("t/jobs")] == ["t/jobs/j1/a1/file"]
+    store.delete([half])
+    assert [path.name for path in (tmp_path / "home" / "objects" / "t" / "jobs").iterdir()] == ["j1"]
 
 
 def test_a_local_store_signs_nothing(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ import pytest
 
 from app.database import Database
 from app.dispatcher import Dispatcher
+from app.models import Worker
 from app.processes import dies_with
+from app.queues.repository import live_workers
 from app.settings import Settings
 from tests import jobs
 
@@ -43,11 +45,11 @@ class Service:
     def submit(self, **recipe: Any) -> str:
         return jobs.submit(self.database, **recipe)
 
-    def start_worker(self, app: str = "tests.faults.worker") -> subprocess.Popen[bytes]:
+    def start_worker(self, app: str = "tests.faults.worker", *options: str, **settings: str) -> subprocess.Popen[bytes]:
         with (self.settings.home / "worker.log").open("ab") as log:
             worker = subprocess.Popen(
-                [sys.executable, "-m", "celery", "-A", app, "worker", "-Q", "prune", "-c", "1", "-l", "INFO", "--without-mingle", "--without-gossip"],
-                env=self._environment,
+                [sys.executable, "-m", "celery", "-A", app, "worker", *options, "-c", "1", "-l", "INFO", "--without-mingle", "--without-gossip"],
+                env=self._environment | {f"ESPALIER_{name.upper()}": value for name, value in settings.items()},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -69,6 +71,11 @@ class Service:
             if process.is_running():
                 process.kill()
         worker.wait()
+
+    def workers(self) -> list[Worker]:
+        """The live ones, in the order of their start."""
+        with self.database.reading() as session:
+            return list(live_workers(session, self.settings.lease_seconds))
 
     def work_directories(self) -> list[str]:
         return sorted(path.name for path in self.settings.work_dir.glob("*"))

@@ -7,15 +7,22 @@ import signal
 import time
 
 import pytest
+from sqlalchemy import delete, select
 
 from app import queue
-from app.models import Job
+from app.jobs.repository import insert_job
+from app.models import Job, JobEvent, OutboxMessage
+from app.recipe import Recipe
 from tests import jobs
 from tests.faults.conftest import SERVICES, Service, family, stop
 from tests.models import make_checkpoint
 
 both_services = pytest.mark.parametrize("servers", SERVICES, indirect=True)
 embedded = pytest.mark.parametrize("servers", SERVICES[:1], indirect=True)
+on_servers = pytest.mark.parametrize("servers", SERVICES[1:], indirect=True)
+# A message that is lost or taken in vain stays so: nothing is published again within a test.
+NOTHING_AGAIN = {"ESPALIER_LEASE_SECONDS": "20", "ESPALIER_BEAT_SECONDS": "1", "ESPALIER_SWEEP_SECONDS": "0.2", "ESPALIER_REPUBLISH_SECONDS": "3600"}
+nothing_again = pytest.mark.parametrize("lease", [NOTHING_AGAIN], ids=["nothing again"])
 
 
 def wait_for_progress(service: Service, job_id: str, fraction: float) -> None:
@@ -228,10 +235,14 @@ def test_sigterm_hands_the_job_over_without_counting_the_attempt(service: Servic
     job_id = service.submit(model=service.model(steps=20, pause=0.15), limits={"max_attempts": 1})
     worker = service.start_worker()
     wait_for_progress(service, job_id, 0.2)
+    waiting = service.submit(model=service.model())
     worker.terminate()
     assert worker.wait(20) == 0
+    assert service.workers() == []
     job = jobs.get(service.database, job_id)
     assert (job.state, job.attempt) == ("queued", 0)
+    assert 0.5 < job.ran_seconds < 20  # its time is charged, the attempt is not
+    assert jobs.get(service.database, waiting).started_at is None
     service.start_worker()
     job = jobs.wait_for_state(service.database, job_id, "succeeded")
     assert job.attempt == 1
@@ -289,3 +300,119 @@ def test_a_full_disk_fails_the_job_and_is_freed(service: Service, file: str) -> 
     assert job.error is not None
     assert job.error["code"] == "disk_full"
     jobs.wait_until(lambda: not service.work_directories() and not service.stored(), 10, "the clean-up")
+
+
+# ------------------------------------------------------------ workers and classes
+
+
+@on_servers
+def test_a_worker_is_known_from_its_start_to_its_end(service: Service) -> None:
+    ended, killed = service.start_worker(engine_memory_bytes="5000000000"), service.start_worker(queue="large")
+    jobs.wait_until(lambda: len(service.workers()) == 2, 30, "both workers")
+    one, other = sorted(service.workers(), key=lambda worker: worker.queue)
+    assert (one.queue, other.queue) == ("default", "large")
+    assert one.host_bytes == 5_000_000_000
+    assert other.host_bytes > 0
+    assert one.disk_bytes > 0
+    assert (one.draining, one.version) == (False, other.version)
+    seen = one.seen_at
+    jobs.wait_until(lambda: next(worker for worker in service.workers() if worker.queue == "default").seen_at > seen, 10, "a beat without a job")
+    ended.terminate()
+    assert ended.wait(20) == 0
+    assert [worker.queue for worker in service.workers()] == ["large"]
+    service.kill_tree(killed)
+    jobs.wait_until(lambda: not service.workers(), service.settings.lease_seconds + 5, "the end of what was heard of it")
+
+
+@on_servers
+def test_each_class_does_its_own_jobs(service: Service) -> None:
+    """Of the default class also by the command of the release before; a class of its own has no place at the default queue."""
+    mistaken = service.start_worker("tests.faults.worker", "-Q", "prune", queue="large")
+    of_class = {name: [service.submit(model=service.model(steps=2), queue=name) for _ in range(2)] for name in ("default", "large")}
+    service.start_worker("tests.faults.worker", "-Q", "prune")
+    service.start_worker(queue="large")
+    done_by: dict[str, set[str]] = {}
+    for name, ids in of_class.items():
+        for job_id in ids:
+            assert jobs.wait_for_state(service.database, job_id, "succeeded").attempt == 1
+        with service.database.reading() as session:
+            claims = session.scalars(select(JobEvent.data).where(JobEvent.job_id.in_(ids), JobEvent.kind == "claimed")).all()
+        done_by[name] = {claim["worker"] for claim in claims}
+    assert {worker.queue: {worker.id} for worker in service.workers()} == done_by
+    assert mistaken.wait(30) != 0
+
+
+@embedded
+@nothing_again
+def test_a_job_that_most_workers_have_no_room_for_is_not_stranded(service: Service) -> None:
+    service.start_worker(engine_memory_bytes="500000000")
+    jobs.wait_until(service.workers, 30, "the small worker")
+    job_id = service.submit(model=service.model(), host_bytes=10**9)
+    small = service.submit(model=service.model())
+    jobs.wait_for_state(service.database, small, "succeeded")
+    jobs.wait_until(lambda: queue.depth(service.settings) == 0, 10, "the end of the messages")  # the small worker took them all
+    assert jobs.get(service.database, job_id).state == "queued"
+    service.start_worker(engine_memory_bytes="2000000000")
+    jobs.wait_for_state(service.database, job_id, "succeeded")
+    later = service.submit(model=service.model(), host_bytes=10**9)
+    jobs.wait_for_state(service.database, later, "succeeded", seconds=20)
+
+
+@on_servers
+@nothing_again
+def test_a_tenant_s_cap_holds_and_strands_nothing(service: Service) -> None:
+    capped = jobs.add_tenant(service.database, "capped", max_running=1)
+    for _ in range(2):
+        service.start_worker(beat_seconds="10")
+    jobs.wait_until(lambda: len(service.workers()) == 2, 30, "both workers")
+    ids = [service.submit(tenant=capped, model=service.model(steps=3, pause=0.1)) for _ in range(4)]
+    most = 0
+
+    def done() -> bool:
+        nonlocal most
+        states = [jobs.get(service.database, job_id).state for job_id in ids]
+        most = max(most, states.count("running"))
+        return states.count("succeeded") == len(ids)
+
+    jobs.wait_until(done, 60, "the end of the jobs")
+    assert most == 1
+
+
+@embedded
+@nothing_again
+def test_whatever_a_message_says_it_is_a_hint(service: Service) -> None:
+    service.start_worker(beat_seconds="10")
+    jobs.wait_until(service.workers, 30, "the worker")
+    time.sleep(1)  # its first beat is over
+    with service.database.writing() as session:  # no message of its own
+        job = insert_job(session, jobs.TENANT, Recipe.model_validate({"model": service.model(), "method": "magnitude", "sparsity": 0.5}))
+        session.execute(delete(OutboxMessage))
+    celery = queue.make_celery(service.settings)
+    celery.send_task(queue.TASK, args=[{"version": 9}], kwargs={"unknown": "part"}, ignore_result=True)
+    assert jobs.wait_for_state(service.database, job.id, "succeeded", seconds=9).attempt == 1
+
+
+@embedded
+def test_an_idle_worker_removes_what_a_lost_one_left(service: Service) -> None:
+    job_id = service.submit(model=service.model(steps=1000, pause=0.1), limits={"max_attempts": 1})
+    worker = service.start_worker()
+    wait_for_progress(service, job_id, 0.001)
+    service.start_worker()
+    jobs.wait_until(lambda: len(service.workers()) == 2, 30, "the other worker")
+    service.kill_tree(worker)
+    jobs.wait_for_state(service.database, job_id, "failed", seconds=15)
+    jobs.wait_until(lambda: not service.work_directories(), 5, "the clean-up")
+
+
+@embedded
+def test_the_time_of_all_attempts_is_bounded(service: Service) -> None:
+    job_id = service.submit(model=service.model(steps=1000, pause=0.1), limits={"max_runtime": 6, "max_attempts": 9})
+    worker = service.start_worker()
+    wait_for_progress(service, job_id, 0.02)
+    [engine] = service.engines(worker)
+    engine.kill()
+    job = jobs.wait_for_state(service.database, job_id, "failed", seconds=30)
+    assert job.error is not None
+    assert job.error["code"] == "max_runtime_exceeded"
+    assert job.attempt == 2
+    assert job.ran_seconds < 6 + 5

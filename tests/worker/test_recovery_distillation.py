@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,21 @@ def test_a_teacher_that_is_broken_off_goes_on(tmp_path: Path, monkeypatch: pytes
     assert resumed.hidden is not None
     assert undisturbed.hidden is not None
     assert torch.equal(resumed.hidden, undisturbed.hidden)
+
+
+def test_a_teacher_that_stayed_on_another_machine_is_asked_again(tmp_path: Path) -> None:
+    stream, config = BlockStream(read_source(make_checkpoint(tmp_path / "dense", "llama"))), Distillation(hidden=0.5, top_k=8)
+    first = teach(stream, WINDOWS, config, [0, 1, 2], WalkState.open(tmp_path / "work", "job"), lambda done, total: None)
+    shutil.rmtree(tmp_path / "work" / "teacher")
+    with pytest.raises(KeyboardInterrupt):
+        teach(stream, WINDOWS, config, [0, 1, 2], WalkState.open(tmp_path / "work", "job"), interrupt)
+    again = teach(stream, WINDOWS, config, [0, 1, 2], WalkState.open(tmp_path / "work", "job"), lambda done, total: None)
+    assert torch.equal(again.tokens, first.tokens)
+    assert torch.equal(again.log_probs, first.log_probs)
+
+
+def interrupt(done: int, total: int) -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path: Path) -> None:

@@ -93,15 +93,18 @@ def test_a_refusal_is_the_child_s_own(heart: Heartbeat) -> None:
 ROUND = {"event": "progress", "phase": "prune", "done": 3, "total": 40, "fraction": 0.01, "round": 2, "rounds": 4, "eta_seconds": 77.5}
 STEP = {"event": "progress", "phase": "recover", "done": 5, "total": 20, "fraction": 0.9, "loss": 2.5, "tokens_per_second": 300.0, "eta_seconds": 12.0}
 
+STORED = {"event": "progress", "phase": "upload", "done": 5, "total": 20, "eta_seconds": 3.0}
+
 
 @pytest.mark.parametrize(
     ("event", "told"),
     [
+        (STORED, {"fraction": 1.0, "bytes_done": 5, "bytes_total": 20, "eta_seconds": 3.0}),
         (ROUND, {"fraction": 0.01, "masks_done": 3, "masks_total": 40, "round": 2, "rounds": 4, "eta_seconds": 77.5}),
         (STEP, {"fraction": 0.9, "steps_done": 5, "steps_total": 20, "loss": 2.5, "tokens_per_second": 300.0, "eta_seconds": 12.0}),
     ],
 )
-def test_sub_models_and_training_steps_are_counted_as_such(
+def test_sub_models_training_steps_and_bytes_are_counted_as_such(
     database: Database, lease: Lease, heart: Heartbeat, event: dict[str, Any], told: dict[str, Any]
 ) -> None:
     assert run(heart, "import sys; print(sys.argv[1])", json.dumps(event)).kind == "succeeded"

@@ -117,6 +117,8 @@ def teach(stream: BlockStream, windows: Tensor, config: Distillation, blocks: li
     folder = state.work / "teacher"
     folder.mkdir(exist_ok=True)
     shapes = _shapes(stream, windows, config, len(blocks))
+    if not all((folder / f"{name}.bin").is_file() for name in shapes):  # they are not in a state that came from another machine
+        state.forget("teacher ")
     files = {name: _mapped(folder / f"{name}.bin", shape, torch.int32 if name == "tokens" else torch.float32) for name, shape in shapes.items()}
     parts = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
     first = 0

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from app.architecture import ARCHITECTURES
 from app.counting import LinearZeros, count_parameters, fraction_of
 from app.exceptions import EspalierError, RecipeError
+from app.footprint import training_bytes
 from app.recipe import Budget, Recipe, Scored
 from app.recovery import Full, Perp, RecoveryConfig, Training
 from app.report import BlockError
@@ -74,11 +75,11 @@ def retrain(
     masks = {weight: mask.to(dense.device) for file in sorted(folder.glob("masks-*.safetensors")) for weight, mask in read_masks(file).items()}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        _require_memory(4 * sum(math.prod(entry.shape) for entry in source.tensors.values()), memory_allowed)
+        _require_memory(training_bytes(sum(math.prod(entry.shape) for entry in source.tensors.values()), 0), memory_allowed)
         model = load(source, dense.device, gradient_checkpointing=config.gradient_checkpointing)
         student = Student(model, source, masks, functools.partial(coarse_importance, pruned, dense, text.windows[:JUDGED_WINDOWS], work / "importance"))
         adapted = RECOVERIES[config.name](student, config)
-        _require_memory(12 * adapted.count, memory_allowed)  # gradients and AdamW's two moments
+        _require_memory(training_bytes(0, adapted.count), memory_allowed)
         trained = train(
             model,
             adapted.parameters,
@@ -124,9 +125,9 @@ def require_room(recipe: Recipe, source: Source, allowed: int | None) -> None:
     dense, fraction = count_parameters(source, []), fraction_of(recipe, count_parameters(source, []))
     width = ARCHITECTURES[source.model_type].ffn_width(source.config, 0)
     rounding = math.lcm(method.multiple_of, EXPERT_ALIGNMENT) / width if isinstance(method, Scored) else 0.0
-    removed = min(1.0, 2 * fraction + rounding) * dense.non_embedding if recipe.facts.structured else 0.0
-    trained = dense.all - removed - (0 if recipe.facts.structured else fraction * dense.decoder) if isinstance(config, Full) else 0.0
-    _require_memory(round(4 * (dense.all - removed) + 12 * trained), allowed)
+    removed = round(min(1.0, 2 * fraction + rounding) * dense.non_embedding) if recipe.facts.structured else 0
+    trained = dense.all - removed - (0 if recipe.facts.structured else round(fraction * dense.decoder)) if isinstance(config, Full) else 0
+    _require_memory(training_bytes(dense.all - removed, trained), allowed)
 
 
 def _require_memory(needed: int, allowed: int | None) -> None:

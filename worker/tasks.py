@@ -171,9 +171,11 @@ class Attempt:
         recipe = space.folder / "recipe.json"
         recipe.write_text(self._recipe.model_dump_json(), encoding="utf-8")
         texts = [part for name, path in _texts(self._recipe, self._settings).items() for part in ("--text", name, path)]
-        command = (*self._engine, recipe, source, space.out, "--work", space.state, *texts)
+        memory = self._settings.engine_memory_bytes
+        bound = ("--memory", str(memory)) if memory else ()
+        command = (*self._engine, recipe, source, space.out, "--work", space.state, *texts, *bound)
         with durable.pushing(space.folder, self._lease.resume_prefix, self._lease.token) if self._durable else nullcontext() as last_push:
-            outcome = self._step(space, *command, locks=locks, memory_bytes=self._settings.engine_memory_bytes, secrets=False)
+            outcome = self._step(space, *command, locks=locks, memory_bytes=memory, secrets=False)
             if last_push is not None and outcome.kind in ("crashed", "draining"):
                 last_push()
         if outcome.said and outcome.kind == "crashed":

@@ -48,6 +48,7 @@ def main() -> int:
         parser.add_argument(name, type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--text", nargs=2, action="append")
+    parser.add_argument("--memory", type=int)
     asked = parser.parse_args()
     behaviour = json.loads((asked.source / "behaviour.json").read_text())
     if behaviour.get("deaf"):

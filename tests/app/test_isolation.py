@@ -25,6 +25,7 @@ NEEDS: dict[tuple[str, str], Scope] = {
     ("GET", "/v1/jobs/{job_id}/checkpoint"): "artifacts:read",
     ("GET", "/v1/methods"): "jobs:read",
     ("GET", "/v1/recoveries"): "jobs:read",
+    ("GET", "/v1/queues"): "jobs:read",
 }
 OF_A_JOB = [(method, path) for method, path in NEEDS if "{job_id}" in path]
 OPEN = {("GET", "/livez"), ("GET", "/readyz")}

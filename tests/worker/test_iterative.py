@@ -241,7 +241,9 @@ def test_a_job_that_is_broken_off_in_every_round_ends_as_an_undisturbed_one(reco
     assert fractions == sorted(fractions)
     steps = [event for event in events if event["event"] == "progress" and event["phase"] == "recover"]
     assert len(steps) == ROUNDS * steps[0]["total"]
-    assert all(step["eta_seconds"] > 0 for step in steps)
+    seconds = [step["eta_seconds"] for step in steps]  # in tenths, of which the last step of so small a model may leave none
+    assert min(seconds) >= 0
+    assert max(seconds) > 0
     assert report is not None
     assert report.rounds is not None
     assert report.rounds[-1].recovery == report.recovery

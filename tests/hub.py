@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         commit, _, file = rest.partition("/")
         return self._send(self.server.hub.models[name] / file, commit)
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET  # noqa: N815  http.server looks for this name
 
     def _tell(self, name: str, revision: str, *, tree: bool) -> None:
         if name not in self.server.hub.models:

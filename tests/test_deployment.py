@@ -61,7 +61,7 @@ def seconds_to_drain(settings: Settings) -> float:
 
 def quantity(text: str) -> float:
     """A Kubernetes quantity as a number."""
-    number, unit = re.fullmatch(r"(\d+)(\w*)", text).groups()  # type: ignore[union-attr]
+    number, unit = re.fullmatch(r"(\d+)(\w*)", text).groups()  # type: ignore[union-attr]  # no match fails the test
     return int(number) * {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}[unit]
 
 
@@ -298,7 +298,7 @@ def test_selectors_ports_and_probes_meet() -> None:
     (api,) = WORKLOADS["api"]["spec"]["template"]["spec"]["containers"]
     (port,) = api["ports"]
     assert f"EXPOSE {port['containerPort']}\n" in DOCKERFILE
-    paths = {route.path for route in health.routes}  # type: ignore[attr-defined]
+    paths = {route.path for route in health.routes}  # type: ignore[attr-defined]  # all of them are paths
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert api[probe]["httpGet"]["port"] == port["name"]
         assert api[probe]["httpGet"]["path"] in paths

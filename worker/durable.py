@@ -60,7 +60,12 @@ def pushing(folder: Path, prefix: str, token: int) -> Iterator[Callable[[], None
     """Store what the engine finishes while this is entered, from a process of its own. What it yields stores the last state, for as long as that may take."""
     (folder / ATTEMPT).write_text(str(token), encoding="utf-8")
     command = [sys.executable, "-m", "worker.durable", "push", str(folder), prefix, str(token)]
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, preexec_fn=dies_with(os.getpid()))  # noqa: PLW1509
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509  it makes one system call
+    )
 
     def last_push() -> None:
         child.terminate()

@@ -62,7 +62,7 @@ def api(tmp_path: Path, roots: Path, fresh_url: str, monkeypatch: pytest.MonkeyP
     settings = make_settings(tmp_path, fresh_url, roots, metrics_token=TOKEN)
     database = Database(fresh_url)
     with TestClient(create_app(settings)) as client:
-        yield Api(client, database, client.app.state.store, settings)  # type: ignore[attr-defined]
+        yield Api(client, database, client.app.state.store, settings)  # type: ignore[attr-defined]  # it is typed as any ASGI app
     database.dispose()
 
 

@@ -80,10 +80,10 @@ class Service:
     def work_directories(self) -> list[str]:
         return sorted(path.name for path in self.settings.work_dir.glob("*"))
 
-    def stored(self) -> set[str]:
-        """The attempts (job/token) under which the local store holds files."""
+    def stored(self, job_id: str = "*") -> set[str]:
+        """The attempts (job/token) of a job, or of all, under which the local store holds files."""
         objects = self.settings.home / "objects"
-        return {"/".join(path.relative_to(objects).parts[2:4]) for path in objects.rglob("*") if path.is_file()}
+        return {"/".join(path.relative_to(objects).parts[2:4]) for path in objects.glob(f"*/jobs/{job_id}/**/*") if path.is_file()}
 
     def close(self) -> None:
         for worker in self._workers:

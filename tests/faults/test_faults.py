@@ -35,9 +35,9 @@ def wait_for_progress(service: Service, job_id: str, fraction: float) -> None:
 
 
 def check_single_result(service: Service, job: Job) -> None:
-    """The job's files are those of its last attempt, and nothing else is left."""
+    """The job's files are those of its last attempt, and nothing else of it is left; other jobs may be at work."""
     assert job.artifact_prefix == f"{jobs.TENANT}/jobs/{job.id}/a{job.lease_token}/"
-    jobs.wait_until(lambda: service.stored() == {f"{job.id}/a{job.lease_token}"} and not service.work_directories(), 10, "the clean-up")
+    jobs.wait_until(lambda: service.stored(job.id) == {f"{job.id}/a{job.lease_token}"} and job.id not in service.work_directories(), 10, "the clean-up")
     assert jobs.events(service.database, job.id).count("succeeded") == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from functools import lru_cache
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 QUEUE = r"^[a-z0-9][a-z0-9-]{0,47}$"  # a class of workers
@@ -39,6 +40,9 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address on which `espalier serve` listens.")
     port: int = Field(8000, ge=0, le=65535, description="Port on which `espalier serve` listens; 0: a free one.")
+    secret_keys: SecretStr = Field(
+        SecretStr(""), description="Fernet keys, by commas, for the secrets of users: the first one encrypts, all decrypt. Empty: one in the home directory."
+    )
     metrics_token: SecretStr = Field(SecretStr(""), description="Bearer token of `/metrics`, which tells of all tenants. Empty: there is no `/metrics`.")
     cors_origins: tuple[str, ...] = Field((), description="Origins of web pages that may call the API, as a JSON list.")
 
@@ -104,7 +108,21 @@ class Settings(BaseSettings):
                 raise ValueError(f"production needs a password in ESPALIER_{name.upper()}")
             if secret.lower() in DEVELOPMENT_SECRETS or "change-me" in secret.lower() or "development" in secret.lower():
                 raise ValueError(f"ESPALIER_{name.upper()} still holds a development secret; set one of your own")
+        if not self.secret_keys:
+            raise ValueError("production needs a key in ESPALIER_SECRET_KEYS; `python -m app.vault` makes one")
         return self
+
+    @field_validator("secret_keys")
+    @classmethod
+    def _are_keys(cls, keys: SecretStr) -> SecretStr:
+        for position, key in enumerate(keys.get_secret_value().split(",") if keys else ()):
+            try:
+                right = len(base64.urlsafe_b64decode(key)) == 32
+            except ValueError:
+                right = False
+            if not right:
+                raise ValueError(f"number {position + 1} in ESPALIER_SECRET_KEYS is not 32 bytes in URL-safe base64; `python -m app.vault` makes one")
+        return keys
 
     @property
     def messages_dir(self) -> Path:

@@ -45,6 +45,7 @@ REQUIRED = {
     "VALKEY_PASSWORD": "vktop",
     "S3_ACCESS_KEY": "s3id",
     "S3_SECRET_KEY": "s3top",
+    "SECRET_KEYS": 43 * "k" + "=",
     "S3_PUBLIC_ENDPOINT": "http://storage.example.org:8333",
 }
 
@@ -248,6 +249,7 @@ def test_the_pods_get_settings_that_production_accepts() -> None:
         "ESPALIER_BROKER_URL": "redis://:vktop@valkey:6379/0",
         "ESPALIER_S3_ACCESS_KEY": "s3id",
         "ESPALIER_S3_SECRET_KEY": "s3top",
+        "ESPALIER_SECRET_KEYS": 43 * "k" + "=",
         "ESPALIER_METRICS_TOKEN": "prtop",
     }
     assert secret["stringData"].keys() == filled.keys()

@@ -17,6 +17,7 @@ PRODUCTION = {
     "s3_endpoint": "http://store:8333",
     "s3_access_key": "AKR83",
     "s3_secret_key": "mZ5nB4",
+    "secret_keys": 43 * "q" + "=",
 }
 
 
@@ -42,6 +43,8 @@ def test_production_with_secrets_of_its_own() -> None:
     ("changes", "named"),
     [
         ({"database_url": ""}, "ESPALIER_DATABASE_URL"),
+        ({"secret_keys": ""}, "ESPALIER_SECRET_KEYS"),
+        ({"secret_keys": 43 * "q" + "=,short"}, "number 2 in ESPALIER_SECRET_KEYS"),
         ({"database_url": "sqlite:///x.db"}, "ESPALIER_DATABASE_URL"),
         ({"database_url": "postgresql://espalier@db/espalier"}, "ESPALIER_DATABASE_URL"),
         ({"database_url": "postgresql://espalier:espalier@db/espalier"}, "ESPALIER_DATABASE_URL"),

@@ -1,4 +1,4 @@
-"""Keeps jobs moving: publishes the outbox, publishes again what the broker lost, and takes back jobs whose worker was lost.
+"""Keeps jobs moving: publishes the outbox, publishes again what the broker lost, takes back jobs whose worker was lost, and sends news to webhooks.
 
 Runs in threads of the API, in as many processes as there are, and alone as `python -m app.dispatcher`. An outage of broker or database stops nothing but its own step.
 """
@@ -12,11 +12,13 @@ from collections.abc import Callable
 import structlog
 
 from app import queue
+from app.checkpoints.verifying import keep_verifying
 from app.database import Database
 from app.jobs import lease
 from app.queues import repository as workers
 from app.retention import keep_tidy
 from app.settings import Settings, get_settings
+from app.webhooks.sending import keep_sending
 
 BATCH = 100
 FORGOTTEN_AFTER_SECONDS = 3600.0  # without a beat, a worker's row goes
@@ -42,6 +44,8 @@ class Dispatcher:
         self._alarms = list(steps.values())
         self._threads = [threading.Thread(target=self._run, args=step, name=f"dispatcher {step[0].__name__}", daemon=True) for step in steps.items()]
         self._threads.append(threading.Thread(target=keep_tidy, args=(database, settings, self._stopping), name="retention", daemon=True))
+        self._threads.append(threading.Thread(target=keep_verifying, args=(database, settings, self._stopping), name="verifying", daemon=True))
+        self._threads.append(threading.Thread(target=keep_sending, args=(database, settings, self._stopping), name="webhooks", daemon=True))
 
     def start(self) -> None:
         for thread in self._threads:

@@ -2,6 +2,10 @@
 
 EspalierError
 ├── RecipeError            422  the recipe, or the model that it names, can't be run
+├── KeyReuseError          422  an Idempotency-Key that came with another request
+├── UploadError            422  the checkpoint, or the part of it, can't be taken
+├── LengthError            411  a body that does not tell its length
+├── AddressError           422  a URL that the service may not call
 ├── AuthenticationError    401
 ├── ScopeError             403
 ├── NotFoundError          404  also for another tenant's id
@@ -9,6 +13,7 @@ EspalierError
 ├── GoneError              410  what was asked for has been deleted
 ├── CursorError            400  a page cursor that this list did not make
 ├── RangeError             416  a byte range outside the file
+├── RateError              429  the key, its tenant or its address calls too often; try again later
 ├── QuotaError             429  the tenant has as much as it may have; try again later
 └── UnavailableError       503  a database or store that doesn't answer; try again
 """
@@ -36,6 +41,26 @@ class EspalierError(Exception):
 class RecipeError(EspalierError):
     status = 422
     title = "The recipe can't be run"
+
+
+class UploadError(EspalierError):
+    status = 422
+    title = "The checkpoint can't be taken"
+
+
+class LengthError(EspalierError):
+    status = 411
+    title = "Length required"
+
+
+class KeyReuseError(EspalierError):
+    status = 422
+    title = "The Idempotency-Key was used before"
+
+
+class AddressError(EspalierError):
+    status = 422
+    title = "The address can't be called"
 
 
 class AuthenticationError(EspalierError):
@@ -76,6 +101,11 @@ class RangeError(EspalierError):
 class QuotaError(EspalierError):
     status = 429
     title = "Too much at once"
+
+
+class RateError(EspalierError):
+    status = 429
+    title = "Too many requests"
 
 
 class UnavailableError(EspalierError):

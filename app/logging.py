@@ -77,6 +77,11 @@ def bind_request(**ids: str) -> None:
     _of_request.get({}).update(ids)
 
 
+def id_of_request() -> str:
+    """The current request's id; empty outside of one."""
+    return _of_request.get({}).get("request_id", "")
+
+
 def _add_request(logger: Any, method: str, event: Any) -> Any:
     return {**_of_request.get({}), **event}
 

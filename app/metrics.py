@@ -37,6 +37,7 @@ from app.jobs.repository import COUNTED
 from app.models import Job, OutboxMessage, Worker
 from app.probing import Probe
 from app.settings import Settings
+from app.webhooks.deliveries import OUTCOMES
 
 KEEP_SECONDS = 5.0  # for which figures from the database are given again
 WAIT_SECONDS = 5.0  # for them, before the rest is told without
@@ -162,6 +163,11 @@ def _of_totals(session: Session, settings: Settings) -> Iterator[Metric]:
     for key, value in happened.items():
         events.add_metric(key, value)
     yield events
+    deliveries = CounterMetricFamily(totals.DELIVERIES, "Tries to send news to webhooks, by what came of them; `failed`: given up.", labels=("outcome",))
+    came = dict.fromkeys(OUTCOMES, 0.0) | {labels["outcome"]: value for labels, value in counted[totals.DELIVERIES]}
+    for outcome, value in came.items():
+        deliveries.add_metric((outcome,), value)
+    yield deliveries
     phase = "Time of an attempt's phases, once the attempt has ended."
     yield _histogram(totals.PHASE_SECONDS, phase, ("queue", "phase"), totals.PHASE_BOUNDS, counted)
     engine = "Highest anonymous resident memory of the engines of jobs that succeeded."

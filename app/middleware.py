@@ -12,8 +12,10 @@ from uuid_utils import uuid7
 
 from app import metrics, problems
 from app.logging import request_logs
+from app.settings import MAX_PART_BYTES
 
 MAX_BODY_BYTES = 1024 * 1024
+PART = re.compile(r"/v1/checkpoints/.+/parts/[0-9]+")  # whose endpoint has a limit of its own
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -51,6 +53,7 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
+                headers.update(scope["state"].get("headers", {}))  # what is told of the caller, whatever the answer is
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
                 if scope["path"] == "/docs":
@@ -61,8 +64,9 @@ class RequestContext:
         with request_logs(request_id=request_id):
             try:
                 length = request.get("content-length", "0")  # a body that tells none is counted where it is read
-                if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-                    too_large = problems.respond(scope, 413, "body_too_large", "Body too large", f"A body may have {MAX_BODY_BYTES} bytes.")
+                most = MAX_PART_BYTES if PART.fullmatch(scope["path"]) else MAX_BODY_BYTES
+                if length.isdecimal() and int(length[:20]) > most:
+                    too_large = problems.respond(scope, 413, "body_too_large", "Body too large", f"A body may have {most} bytes.")
                     await too_large(scope, receive, send_with_headers)
                 else:
                     await self.app(scope, receive, send_with_headers)

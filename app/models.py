@@ -6,12 +6,13 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import BigInteger, Boolean, CheckConstraint, Float, ForeignKey, ForeignKeyConstraint, Identity, Index, Integer, String, Text, false, text, true
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from app.database import Base, Json, UtcDateTime, db_now
 
 STATES = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
 FINISHED = ("succeeded", "failed", "cancelled")
+RETRIED = ("failed", "cancelled")  # states from which a job may begin anew
 
 QUEUED = text("state = 'queued'")
 TO_START = text("state = 'queued' AND start_by IS NOT NULL")
@@ -92,6 +93,8 @@ class Job(Base):
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now())
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+    sinks: Mapped[list[SinkRun]] = relationship(order_by="SinkRun.number", lazy="selectin", viewonly=True)
 
 
 Index("ix_jobs_claim", Job.tenant_id, Job.queue, Job.priority.desc(), Job.created_at, Job.id, postgresql_where=QUEUED, sqlite_where=QUEUED)
@@ -212,14 +215,14 @@ class Delivery(Base):
 
     __tablename__ = "deliveries"
     __table_args__ = (
-        Index("ix_deliveries_next_at", "next_at", postgresql_where=TO_SEND, sqlite_where=TO_SEND),
+        Index("ix_deliveries_webhook_id_next_at", "webhook_id", "next_at", postgresql_where=TO_SEND, sqlite_where=TO_SEND),
         Index("ix_deliveries_webhook_id_created_at_id", "webhook_id", "created_at", "id"),
     )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)  # the `webhook-id`, the same at every try
     webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id", ondelete="CASCADE"))
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
-    job_id: Mapped[str] = mapped_column(String(64), index=True)  # outlives the job
+    job_id: Mapped[str | None] = mapped_column(String(64), index=True)  # outlives the job; None: a ping
     kind: Mapped[str] = mapped_column(String(64))
     payload: Mapped[dict[str, Any]] = mapped_column(Json)
     state: Mapped[str] = mapped_column(String(16), default="waiting")  # waiting | delivered | failed
@@ -237,7 +240,7 @@ class Checkpoint(Base):
     __tablename__ = "checkpoints"
     __table_args__ = (
         CheckConstraint("state IN ('uploading', 'verifying', 'ready', 'failed')", name="state"),
-        Index("ix_checkpoints_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
+        Index("ix_checkpoints_tenant_id_id", "tenant_id", "id"),
     )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -246,7 +249,9 @@ class Checkpoint(Base):
     state: Mapped[str] = mapped_column(String(16), default="uploading")
     error: Mapped[dict[str, Any] | None] = mapped_column(Json)
     bytes: Mapped[int] = mapped_column(BigInteger)
+    part_bytes: Mapped[int] = mapped_column(BigInteger)  # of every part of a file but its last
     sha256: Mapped[str | None] = mapped_column(String(64))  # of the manifest, once it is ready
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)  # of the process that verifies it
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now())
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=db_now())  # an upload that rests too long is given up
     completed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -272,7 +277,7 @@ class CheckpointPart(Base):
 
     checkpoint_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     path: Mapped[str] = mapped_column(String(200), primary_key=True)
-    number: Mapped[int] = mapped_column(Integer, primary_key=True)  # 0, 1, …; all but the last have the size that the service names
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)  # 0, 1, …; all but the last have the checkpoint's `part_bytes`
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"))
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))

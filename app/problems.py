@@ -159,9 +159,10 @@ def json_pointer(path: list[str | int], body: Any) -> str:
     """The JSON pointer (RFC 6901) of a pydantic location, without the tags that pydantic puts there for the members of a union."""
     pointer, value = "", body
     for position, part in enumerate(path):
-        if isinstance(value, dict) and part in value:
+        is_there = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if is_there:
             value = value[part]
-        elif not isinstance(value, dict) or position < len(path) - 1:  # only the last part may name a field that is missing
+        elif not isinstance(value, dict) or position < len(path) - 1 or part == value.get("name"):  # only the last part may name a field that is missing
             continue
         pointer += "/" + str(part).replace("~", "~0").replace("/", "~1")
     return pointer

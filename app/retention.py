@@ -10,15 +10,18 @@ import re
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 
 import structlog
 from sqlalchemy import Row, Select, and_, func, literal, or_, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
+from app import idempotency
+from app.checkpoints import repository as checkpoints
 from app.database import Database, db_now
 from app.jobs.repository import add_event
-from app.models import FINISHED, Artifact, Job, Tenant
+from app.models import FINISHED, RETRIED, Artifact, Job, Tenant
 from app.settings import Settings
 from app.storage import Store, open_store
 
@@ -57,6 +60,8 @@ def leads(connection: Connection) -> bool:
 
 def tidy(database: Database, store: Store, settings: Settings, stopping: threading.Event) -> None:
     """Give up results past their bounds, then delete what no job has use for; ends early once `stopping` is set."""
+    with database.writing() as session:
+        idempotency.forget(session)
     while not stopping.is_set():
         with database.writing() as session:
             counted = count_bytes(session, BATCH)
@@ -65,6 +70,13 @@ def tidy(database: Database, store: Store, settings: Settings, stopping: threadi
     while not stopping.is_set():
         with database.writing() as session:
             prefixes = give_up_results(session, settings, BATCH)
+        for prefix in prefixes:
+            store.delete_prefix(prefix)
+        if len(prefixes) < BATCH:
+            break
+    while not stopping.is_set():
+        with database.writing() as session:
+            prefixes = checkpoints.give_up(session, settings.upload_days, BATCH)
         for prefix in prefixes:
             store.delete_prefix(prefix)
         if len(prefixes) < BATCH:
@@ -123,34 +135,39 @@ def _past_bounds(settings: Settings, limit: int) -> Select[tuple[str, str, str, 
 
 
 def delete_orphans(database: Database, store: Store, settings: Settings, stopping: threading.Event) -> None:
-    """Delete the files below `tenant/jobs/` that no job has use for, page by page; those that changed within `orphan_seconds` are left alone."""
+    """Delete the files below `tenant/jobs/` and `tenant/checkpoints/` that no job and no checkpoint has use for, page by page; those that changed within
+    `orphan_seconds` are left alone."""
     with database.reading() as session:
         tenants = session.scalars(select(Tenant.id)).all()
     before = datetime.now(UTC) - timedelta(seconds=settings.orphan_seconds)
     for tenant_id in tenants:
-        for page in store.pages(f"{tenant_id}/jobs"):
+        for page in chain(store.pages(f"{tenant_id}/jobs"), store.pages(f"{tenant_id}/checkpoints")):
             if stopping.is_set():
                 return
             keys = [entry.key for entry in page if entry.modified <= before]
             with database.reading() as session:  # after the listing, so that what is found was stored by an attempt that the row tells of
-                orphans = find_orphans(session, keys)
+                orphans = find_orphans(session, keys, settings.keep_work_seconds)
+                orphans += checkpoints.find_orphans(session, [key for key in keys if not KEY.fullmatch(key)])
             if orphans:
                 store.delete(orphans)
                 log.info("orphans deleted", tenant_id=tenant_id, files=len(orphans), first=orphans[0])
 
 
-def find_orphans(session: Session, keys: Sequence[str]) -> list[str]:
-    """Those of some stored files that no job has use for."""
+def find_orphans(session: Session, keys: Sequence[str], keep_work_seconds: float) -> list[str]:
+    """Those of some stored files that no job has use for, even if one that ended within so many seconds is retried."""
     matches = [match for key in keys if (match := KEY.fullmatch(key))]
-    columns = (Job.id, Job.state, Job.lease_token, Job.artifact_prefix)
+    retried = and_(Job.state.in_(RETRIED), Job.finished_at > db_now(-keep_work_seconds))
+    columns = (Job.id, Job.state, Job.lease_token, Job.artifact_prefix, retried.label("retried"))
     jobs = {row.id: row for row in session.execute(select(*columns).where(Job.id.in_({match["job"] for match in matches})))}
     return [match[0] for match in matches if not _has_use(jobs.get(match["job"]), match)]
 
 
-def _has_use(job: Row[str, str, int, str | None] | None, key: re.Match[str]) -> bool:
-    """Whether a file is of the job's result or of the attempt that goes on, or is what a job that goes on keeps for its next attempt."""
+def _has_use(job: Row[str, str, int, str | None, bool] | None, key: re.Match[str]) -> bool:
+    """Whether a file is of the job's result or of the attempt that goes on, or is what a job that goes on, or may do so, keeps for its next attempt."""
     if job is None:
         return False
+    if job.retried and key["token"] is None:
+        return True
     if job.state in FINISHED:
         return job.artifact_prefix is not None and key[0].startswith(job.artifact_prefix)
     return key["token"] is None or (job.state != "queued" and int(key["token"]) == job.lease_token)

@@ -1,4 +1,4 @@
-"""The embedded service: this process brings the database up to date and keeps the API and one worker running as its children.
+"""The embedded service: this process brings the database up to date and keeps the API, one worker and one exporter running as its children.
 
 The children read the same environment. They die with this process, whatever ends it; one that ends by itself is started again.
 """
@@ -24,7 +24,8 @@ from app.settings import Settings
 from migrations import migrate
 
 TENANT = "default"
-API = ("uvicorn", "app.main:create_app", "--factory", "--no-access-log", "--timeout-graceful-shutdown", "5", "--fd")
+API = ("uvicorn", "app.main:create_app", "--factory", "--http", "app.protocol:BoundedProtocol", "--no-access-log", "--timeout-graceful-shutdown", "5", "--fd")
+EXPORTER = ("app.exporter",)
 WORKER = ("celery", "--quiet", "-A", "worker.celery", "worker", "-c", "1", "--loglevel", "warning")
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0
@@ -74,6 +75,7 @@ def serve(settings: Settings, *, as_json: bool = False) -> int:
         migrate(settings.database_url.get_secret_value())
         api = Child.start("API", (*API, str(listener.fileno())), listener.fileno())
         worker = Child.start("worker", WORKER)
+        exporter = Child.start("exporter", EXPORTER)
         try:
             url = _url(listener)
             if not _ready(url, api, signals):
@@ -82,8 +84,9 @@ def serve(settings: Settings, *, as_json: bool = False) -> int:
             while not _signalled(signals, 0.5):
                 api.keep_running()
                 worker.keep_running()
+                exporter.keep_running()
         finally:
-            _stop(worker, api)
+            _stop(worker, exporter, api)
     return 0
 
 

@@ -6,14 +6,17 @@ import base64
 import json
 import sys
 from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 QUEUE = r"^[a-z0-9][a-z0-9-]{0,47}$"  # a class of workers
+RATE = r"^([1-9][0-9]{0,8}/(second|minute|hour|day))?$"  # a notation of the `limits` library
+MAX_PART_BYTES = 2**30  # of an uploaded checkpoint
 DEVELOPMENT_SECRETS = frozenset({"admin", "changeme", "espalier", "minioadmin", "password", "postgres", "redis", "secret", "test"})
 
 
@@ -40,10 +43,21 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address on which `espalier serve` listens.")
     port: int = Field(8000, ge=0, le=65535, description="Port on which `espalier serve` listens; 0: a free one.")
+    public_url: str = Field("", description="URL at which clients reach the API, which model registries are told. Empty: the address on which it listens.")
     secret_keys: SecretStr = Field(
         SecretStr(""), description="Fernet keys, by commas, for the secrets of users: the first one encrypts, all decrypt. Empty: one in the home directory."
     )
     metrics_token: SecretStr = Field(SecretStr(""), description="Bearer token of `/metrics`, which tells of all tenants. Empty: there is no `/metrics`.")
+    key_cache_seconds: float = Field(5, ge=0, le=300, description="Seconds for which an API process goes on accepting a key that was revoked elsewhere.")
+    rate_read: str = Field(
+        "6000/minute", pattern=RATE, description="Calls that only read, of one key: `number/second`, `/minute`, `/hour` or `/day`. Empty: no limit."
+    )
+    rate_write: str = Field("3000/minute", pattern=RATE, description="Calls that change something, of one key. Empty: no limit.")
+    rate_read_tenant: str = Field("24000/minute", pattern=RATE, description="Calls that only read, of all keys of a tenant together. Empty: no limit.")
+    rate_write_tenant: str = Field("12000/minute", pattern=RATE, description="Calls that change something, of all keys of a tenant together. Empty: no limit.")
+    rate_refused: str = Field("300/minute", pattern=RATE, description="Calls of one client address with a key that is refused. Empty: no limit.")
+    header_seconds: float = Field(10, gt=0, description="Seconds that a client may take to send the head of a request.")
+    body_seconds: float = Field(300, gt=0, description="Seconds that a client may take to send the body of a request.")
     cors_origins: tuple[str, ...] = Field((), description="Origins of web pages that may call the API, as a JSON list.")
 
     model_roots: tuple[Path, ...] = Field((), description="Directories, as a JSON list; jobs may name the checkpoints below them by path.")
@@ -65,8 +79,40 @@ class Settings(BaseSettings):
     retention_seconds: float = Field(600, gt=0, description="Seconds between two rounds that delete results past these bounds, and stored files of no job.")
     orphan_seconds: float = Field(3600, ge=0, description="Age, in seconds, below which a stored file that belongs to no job is left alone.")
 
+    upload_part_bytes: int = Field(
+        64 * 2**20, ge=2**16, le=MAX_PART_BYTES, description="Bytes of the parts in which checkpoints are uploaded. Uploads that have begun keep the size of before."
+    )
+    upload_days: float = Field(2, gt=0, description="Days without a new part after which an upload is given up and what came of it is deleted.")
+    max_checkpoint_bytes: int = Field(500_000_000_000, ge=1, description="Bytes that one uploaded checkpoint may have.")
+
+    keep_work_seconds: float = Field(
+        24 * 3600,
+        ge=0,
+        description="Seconds for which the work of a failed or cancelled job is kept for a retry: its work directory, if the worker's disk allows, and the state "
+        "that a job with durable resume has stored.",
+    )
+
     queue: str = Field("default", pattern=QUEUE, description="Class of GPUs that a worker belongs to; it runs the jobs that are submitted with this `queue`.")
     max_queued: int = Field(10_000, ge=1, description="Jobs of one tenant that may wait at once, where the tenant has no bound of its own.")
+
+    max_streams: int = Field(1000, ge=1, description="Event streams and long polls that one process of the API keeps open at once.")
+
+    webhook_networks: tuple[IPv4Network | IPv6Network, ...] = Field(
+        (), description="Networks (CIDR), as a JSON list, in which webhooks may lie though they are not public."
+    )
+    webhook_timeout_seconds: float = Field(15, gt=0, description="Seconds that a webhook's receiver has to answer, from the look-up of its name on.")
+    webhook_retry_seconds: tuple[NonNegativeFloat, ...] = Field(
+        (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400),
+        description="Seconds, as a JSON list, after which news that a webhook did not take is sent again; after the last of them it is given up.",
+    )
+
+    sink_networks: tuple[IPv4Network | IPv6Network, ...] = Field(
+        (), description="Networks (CIDR), as a JSON list, in which the servers of sinks may lie though they are not public, and be reached by plain http."
+    )
+    sinks_at_once: int = Field(2, ge=1, le=100, description="Sinks that one exporter brings results to at once.")
+    sink_tries: int = Field(5, ge=1, description="Tries at a sink, after which it has failed.")
+    sink_retry_seconds: float = Field(30, ge=0, description="Seconds between the first and the second try at a sink; doubles with each further one.")
+    sink_max_seconds: float = Field(6 * 3600, gt=0, description="Seconds that one try at a sink may take.")
 
     lease_seconds: float = Field(45, gt=0, description="Seconds after its worker's last beat at which a job is given to another worker.")
     beat_seconds: float = Field(15, gt=0, description="Seconds between two beats of a worker; at most half of the lease.")
@@ -85,6 +131,7 @@ class Settings(BaseSettings):
             self.broker_url = SecretStr("filesystem://")
         if not self.store_url:
             self.store_url = (home / "objects").as_uri()
+        self.public_url = self.public_url.rstrip("/") or f"http://{self.host}:{self.port}"
         if self.queue == "auto":
             raise ValueError("ESPALIER_QUEUE can't be 'auto', by which a job leaves its class to the service")
         if self.beat_seconds * 2 > self.lease_seconds:
@@ -131,6 +178,10 @@ class Settings(BaseSettings):
     @property
     def models_dir(self) -> Path:
         return self.home / "models"
+
+    @property
+    def exports_dir(self) -> Path:
+        return self.home / "exports"
 
     @property
     def work_dir(self) -> Path:

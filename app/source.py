@@ -20,9 +20,11 @@ from app.recovery import Perp
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+CHECKPOINT_ID = re.compile(r"ckpt_[0-9a-f]{32}")  # of an uploaded checkpoint
 MODEL_URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.-]*)+", re.ASCII)
 MAX_NAME_BYTES = 255  # of a file name, on every common file system
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_DIMENSIONS = 16  # the product of more numbers could take long
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 ITEM_BYTES = FLOAT_BYTES | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
 
@@ -129,7 +131,7 @@ def read_source(folder: Path) -> Source:
     """Check a checkpoint folder and read its headers, no weights. Raises RecipeError with a stable code."""
     if not folder.is_dir():
         raise _refuse("model_not_found", f"There is no checkpoint folder '{folder.name}'.", "Give a hub id, or a folder below an allowed root.")
-    config = _read_config(folder)
+    config = read_config(folder)
     _check_tokenizer(folder)
     stored: dict[str, TensorEntry] = {}
     for file in _weight_files(folder):
@@ -226,7 +228,8 @@ def _read_json(folder: Path, name: str, code: str) -> dict[str, Any]:
     return value
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder, of which nothing else need be there. Raises RecipeError where it names what can't be pruned."""
     if not (folder / "config.json").is_file():
         raise _refuse("config_missing", f"'{folder.name}' has no config.json.", "Give the folder that save_pretrained wrote.")
     config = _read_json(folder, "config.json", "config_invalid")
@@ -382,6 +385,6 @@ def _span(value: Any) -> tuple[int, int]:
 
 
 def _whole_numbers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or any(type(number) is not int or number < 0 for number in value):
-        raise ValueError(f"{value} is no list of whole numbers")
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS or any(type(number) is not int or number < 0 for number in value):
+        raise ValueError("no short list of whole numbers")
     return tuple(value)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -37,6 +37,7 @@ FULL = re.compile(rf"os error ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\b")
 MAX_KEY_LENGTH = 1024  # S3's own limit
 CHUNK_BYTES = 8 * 1024 * 1024  # a part of an upload, and one request of a download, so a slow reader holds no request open
 PARTS_AT_ONCE = 2  # of one upload
+BUFFER_BYTES = 5 * 1024 * 1024  # the least that S3 takes as a part
 PAGE = 1000  # objects, as many as S3 lists or deletes by one request
 RETRIES: RetryConfig = {
     "max_retries": 5,
@@ -123,6 +124,14 @@ class Store:
             raise UnavailableError(f"The store has another '{key}' already.", code="store_conflict", hint=hint)
         return size, digest.hexdigest()
 
+    async def put_stream(self, key: str, chunks: AsyncIterator[bytes]) -> None:
+        """Upload chunks as they come, in the memory of `BUFFER_BYTES` whatever their number. Where one of them raises, nothing is stored."""
+        _check(key)
+        with _told():
+            async with obstore.open_writer_async(self._backend, key, buffer_size=BUFFER_BYTES, max_concurrency=1) as writer:
+                async for chunk in chunks:
+                    await writer.write(chunk)
+
     def get_range(self, key: str, start: int, end: int) -> Iterator[bytes]:
         """The bytes from `start` up to, without, `end`, in chunks."""
         _check(key)
@@ -131,13 +140,14 @@ class Store:
                 chunk = obstore.get_range(self._backend, key, start=begin, end=min(begin + CHUNK_BYTES, end))
             yield chunk.to_bytes()
 
-    def get_file(self, key: str, path: Path) -> str:
-        """Download an object into a file; its sha256."""
+    def get_file(self, path: Path, *keys: str) -> str:
+        """Download an object, or several one after another, into a file; its sha256."""
         digest = hashlib.sha256()
         with path.open("wb") as file:
-            for chunk in self.get_range(key, 0, self.size(key)):
-                digest.update(chunk)
-                file.write(chunk)
+            for key in keys:
+                for chunk in self.get_range(key, 0, self.size(key)):
+                    digest.update(chunk)
+                    file.write(chunk)
         return digest.hexdigest()
 
     def entries(self, prefix: str) -> list[Entry]:

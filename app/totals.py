@@ -25,6 +25,7 @@ SHARDS = 8
 UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]")  # in a label's value
 LABEL_LENGTH = 64
 EVENTS = "espalier_job_events"
+DELIVERIES = "espalier_deliveries"
 PHASE_SECONDS = "espalier_phase_seconds"
 PHASE_BOUNDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600)
 ENGINE_BYTES = "espalier_engine_memory_bytes"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from uuid_utils import uuid7
 
 from app.exceptions import UnavailableError
 from app.settings import Settings
@@ -39,9 +40,11 @@ class Vault:
 
 
 def _kept_key(path: Path) -> str:
-    """The key in the file, which is made if there is none; processes that start together agree on one."""
+    """The key in the file, which is made if there is none; processes and threads that start together agree on one."""
+    if path.exists():
+        return path.read_text(encoding="ascii")
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{FILE}.{os.getpid()}")
+    fresh = path.with_name(f".{FILE}.{uuid7().hex}")
     fresh.touch(mode=0o600)
     fresh.write_bytes(Fernet.generate_key())
     try:

@@ -89,7 +89,8 @@ CONTENDERS = [
     *(Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares", "cfsp", 0.2, more | RESTORED, None, 3) for layout, more in LAYOUTS.items()),
     *(Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, 32 × 512 tokens", "cfsp", 0.2, more, None, 3, 32) for layout, more in LAYOUTS.items()),
     *(
-        Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares, 32 × 512 tokens", "cfsp", 0.2, more | RESTORED, None, 3, 32)
+        Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares, {samples} × 512 tokens", "cfsp", 0.2, more | RESTORED, None, 3, samples)
+        for samples in (32, 64)
         for layout, more in LAYOUTS.items()
     ),
     Contender(

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from espalier.client import FINISHED, ApiError, Artifact, Client, ClientError, Event, Job
 from espalier.display import before_after, byte_bars, err, fraction, job_bar, out
+from espalier.uploading import CheckpointFile
 
 SUCCEEDED, FAILED, USAGE, CANCELLED = 0, 1, 2, 3
 EXIT_CODES = {"succeeded": SUCCEEDED, "failed": FAILED, "cancelled": CANCELLED}
@@ -193,6 +194,26 @@ def download(
         _print_json([{"file": str(file.path), **file.artifact, "resumed_at": file.resumed_at} for file in files])
     else:
         out.print(f"{len(files)} files in {escape(str(to))}, sha256 of each as in the manifest")
+
+
+@app.command()
+def upload(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint as save_pretrained writes it, with its tokenizer.", exists=True, file_okay=False)],
+    name: Annotated[str | None, typer.Option(help="Its name; the folder's otherwise.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint and print its id, which `submit` takes as a model. An interrupted upload goes on where it stopped."""
+    with Client() as client, byte_bars(quiet=as_json) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def on_bytes(file: CheckpointFile, have: int) -> None:
+            path = file["path"]
+            if path not in tasks:
+                tasks[path] = bars.add_task(escape(path), total=file["bytes"])
+            bars.update(tasks[path], completed=have)
+
+        checkpoint = client.upload(folder, name=name, on_bytes=on_bytes)
+    _print_json(checkpoint) if as_json else out.print(checkpoint["id"])
 
 
 @app.command()

@@ -10,6 +10,7 @@ Errors:
 ClientError
 ├── ApiError            the service refused: the fields of its problem+json
 ├── UnreachableError    no answer from the service
+├── UploadError         the service could not use what was uploaded
 └── DownloadError       a file that came is not the file that the manifest names
 """
 
@@ -19,15 +20,19 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self, TypedDict
 from urllib.parse import quote
+from uuid import uuid4
 
 import httpx
+
+from espalier import uploading
+from espalier.uploading import Checkpoint, CheckpointFile, CheckpointSummary, DeclaredFile
 
 FINISHED = ("succeeded", "failed", "cancelled")
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -126,6 +131,10 @@ class ClientError(Exception):
 
 class UnreachableError(ClientError):
     """The service did not answer."""
+
+
+class UploadError(ClientError):
+    """An uploaded checkpoint is not what was sent, or can't be pruned."""
 
 
 class DownloadError(ClientError):
@@ -346,13 +355,95 @@ class Client:
         location = response.url.join(response.headers["Location"])
         return closing(self._http.send(self._http.build_request("GET", location, headers=span), stream=True))
 
+    # ----------------------------------------------------------- checkpoints
+
+    def checkpoints(self, *, name: str | None = None, states: Sequence[str] = (), page_size: int = 50, patience: float = 0) -> Iterator[CheckpointSummary]:
+        """All uploaded checkpoints, newest first, page by page."""
+        params = {"limit": page_size, "state": list(states), **({} if name is None else {"name": name})}
+        while True:
+            page = self._send("GET", "/v1/checkpoints", params=params, patience=patience).json()
+            yield from page["items"]
+            if page["next"] is None:
+                return
+            params["cursor"] = page["next"]
+
+    def checkpoint(self, checkpoint_id: str, *, patience: float = 0) -> Checkpoint:
+        checkpoint: Checkpoint = self._send("GET", _checkpoint_path(checkpoint_id), patience=patience).json()
+        return checkpoint
+
+    def delete_checkpoint(self, checkpoint_id: str) -> None:
+        self._send("DELETE", _checkpoint_path(checkpoint_id))
+
+    def upload(
+        self, folder: Path, *, name: str | None = None, on_bytes: Callable[[CheckpointFile, int], None] | None = None, patience: float = 60
+    ) -> Checkpoint:
+        """Upload the checkpoint in a folder and wait until it is ready; its id is a job's `model`. Files that no job reads stay behind.
+
+        What an earlier call, or another client, began to upload under this name with the same bytes is continued; where it is ready already, nothing is sent.
+        `on_bytes` is told how much of each file has come. Outages of up to `patience` seconds are survived. Raises UploadError where the checkpoint can't be used.
+        """
+        files, name = uploading.declare(folder), name or uploading.name_of(folder)
+        checkpoint = self._begun(name, files, patience) or self._declare(name, files, patience)
+        if checkpoint["state"] == "uploading":
+            for file in checkpoint["files"]:
+                self._upload_file(checkpoint, file, folder, on_bytes or _ignore, patience)
+            self._send("POST", _checkpoint_path(checkpoint["id"], "complete"), patience=patience)
+        return self._wait_until_ready(checkpoint["id"], patience)
+
+    def _begun(self, name: str, files: Sequence[DeclaredFile], patience: float) -> Checkpoint | None:
+        for summary in self.checkpoints(name=name, states=("uploading", "verifying", "ready"), patience=patience):
+            if summary["bytes"] == sum(file["bytes"] for file in files):
+                checkpoint = self.checkpoint(summary["id"], patience=patience)
+                if uploading.is_same(checkpoint, files):
+                    return checkpoint
+        return None
+
+    def _declare(self, name: str, files: Sequence[DeclaredFile], patience: float) -> Checkpoint:
+        once = {"Idempotency-Key": uuid4().hex}
+        checkpoint: Checkpoint = self._send("POST", "/v1/checkpoints", json={"name": name, "files": files}, headers=once, patience=patience).json()
+        return checkpoint
+
+    def _upload_file(
+        self, checkpoint: Checkpoint, file: CheckpointFile, folder: Path, on_bytes: Callable[[CheckpointFile, int], None], patience: float
+    ) -> None:
+        parts = uploading.missing_parts(checkpoint, file, folder)
+        have = file["bytes"] - sum(part.size for part in parts)
+        on_bytes(file, have)
+        for part in parts:
+            path = _checkpoint_path(checkpoint["id"], "files", file["path"], "parts", str(part.number))
+            self._send("PUT", path, content=part.read, headers=part.headers(), patience=patience)
+            have += part.size
+            on_bytes(file, have)
+
+    def _wait_until_ready(self, checkpoint_id: str, patience: float) -> Checkpoint:
+        while True:
+            response = self._send("GET", _checkpoint_path(checkpoint_id), patience=patience)
+            checkpoint: Checkpoint = response.json()
+            if checkpoint["error"] is not None:
+                raise UploadError(f"{checkpoint_id} can't be used: {checkpoint['error']['message']} {checkpoint['error']['hint']}")
+            if checkpoint["state"] == "ready":
+                return checkpoint
+            time.sleep(_retry_after(response, otherwise=2))
+
     # ------------------------------------------------------------------ HTTP
 
-    def _send(self, verb: str, path: str, *, params: dict[str, Any] | None = None, json: Any = None, patience: float = 0) -> httpx.Response:
+    def _send(
+        self,
+        verb: str,
+        path: str,
+        *,
+        params: dict[str, Any] | None = None,
+        json: Any = None,
+        content: Callable[[], Iterator[bytes]] | None = None,
+        headers: dict[str, str] | None = None,
+        patience: float = 0,
+    ) -> httpx.Response:
+        """content: gives the body anew for every try."""
         outage = _Outage(patience)
         while True:
+            body = None if content is None else content()
             try:
-                response = self._http.request(verb, path, params=params, json=json, headers=self._authorization)
+                response = self._http.request(verb, path, params=params, json=json, content=body, headers=self._authorization | (headers or {}))
             except httpx.TransportError as error:
                 outage.pause(UnreachableError(f"No answer from {self.url} ({error or type(error).__name__}). Is the service up, and is ESPALIER_URL right?"))
                 continue
@@ -382,6 +473,10 @@ def _job_path(job_id: str, *more: str) -> str:
     return "/".join(("/v1/jobs", quote(job_id, safe=""), *(quote(part) for part in more)))
 
 
+def _checkpoint_path(checkpoint_id: str, *more: str) -> str:
+    return "/".join(("/v1/checkpoints", quote(checkpoint_id, safe=""), *(quote(part) for part in more)))
+
+
 def _retry_after(response: httpx.Response, *, otherwise: float) -> float:
     """Seconds of a `Retry-After` header; its other form, a date, counts as absent."""
     try:
@@ -402,5 +497,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _ignore(artifact: Artifact, have: int) -> None:
+def _ignore(file: Artifact | CheckpointFile, have: int) -> None:
     pass

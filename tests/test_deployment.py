@@ -184,7 +184,7 @@ def test_images_run_modules_that_exist_as_another_user() -> None:
         command = json.loads(re.findall(r"(?m)^CMD (\[.+\])$", stages[name])[-1])
         assert command[:2] == ["python", "-m"]
         named = [part.partition(":")[0] for part in command[2:] if re.fullmatch(r"(app|worker)\.\w+(:\w+)?", part)]
-        assert [command[2], *named] == {"app": ["uvicorn", "app.main"], "worker": ["celery", "worker.celery"]}[name]
+        assert [command[2], *named] == {"app": ["uvicorn", "app.main", "app.protocol"], "worker": ["celery", "worker.celery"]}[name]
         assert all(find_spec(module) for module in (command[2], *named))
 
 
@@ -281,7 +281,7 @@ def test_the_pods_are_confined() -> None:
 
 
 def test_the_pods_run_what_compose_runs() -> None:
-    for of_compose, of_kubernetes in {"migrate": "migrate", "app": "api", "dispatcher": "dispatcher", "worker": "worker"}.items():
+    for of_compose, of_kubernetes in {"migrate": "migrate", "app": "api", "dispatcher": "dispatcher", "exporter": "exporter", "worker": "worker"}.items():
         service, (container,) = COMPOSE["services"][of_compose], WORKLOADS[of_kubernetes]["spec"]["template"]["spec"]["containers"]
         assert container["image"] == f"espalier-{service['build']['target']}"
         assert container.get("args") == service.get("command")

@@ -168,11 +168,11 @@ def pull(store: Store, folder: Path, prefix: str) -> str | None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
-        store.get_file(place + MANIFEST, part / MANIFEST)
+        store.get_file(part / MANIFEST, place + MANIFEST)
         manifest = _read_manifest(part / MANIFEST)
         for name, digest in manifest.items():
             (part / name).parent.mkdir(parents=True, exist_ok=True)
-            if store.get_file(f"{place}objects/{digest}", part / name) != digest:
+            if store.get_file(part / name, f"{place}objects/{digest}") != digest:
                 raise ValueError(f"{name} is damaged")
     except (ValueError, FileNotFoundError) as error:
         log.warning("the stored state was refused", why=str(error))

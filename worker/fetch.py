@@ -1,8 +1,8 @@
 """Fetch a model into the worker's cache: safetensors, configuration and tokenizer only, at one version.
 
-    python -m worker.fetch MODEL RESULT.json
+    python -m worker.fetch MODEL RESULT.json TENANT
 
-MODEL is a hub id or `s3://bucket/prefix`. Speaks to the supervisor as the engine does. RESULT.json gets `folder`, `revision`, and whether the folder is `cached`
+MODEL is a hub id, `s3://bucket/prefix`, or the id of a checkpoint that the tenant has uploaded. Speaks to the supervisor as the engine does. RESULT.json gets `folder`, `revision`, and whether the folder is `cached`
 and so must be held while it is used; where it is there already, its revision is fetched again, so that all attempts of a job see the same files.
 """
 
@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,12 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from app.checkpoints.repository import list_files
+from app.checkpoints.service import get_ready
+from app.database import Database
 from app.exceptions import RecipeError
 from app.settings import Settings, get_settings
+from app.source import CHECKPOINT_ID
 from app.storage import KEY, Store, open_store
 from worker import cache
 from worker.cache import RemoteFile, RemoteModel
@@ -82,19 +86,26 @@ def in_bucket(url: str, settings: Settings) -> RemoteModel:
     version = _digest({name: (found[name].bytes, found[name].etag) for name in wanted})
 
     def transfer(folder: Path) -> None:
-        _get_files(store, f"{prefix}/", wanted, folder)
+        _get_files(store, {name: [f"{prefix}/{name}"] for name in wanted}, folder)
         if in_bucket(url, settings).version != version:
             raise OSError(errno.EIO, f"{url} was changed while it was fetched")
 
     return RemoteModel(url, version, wanted, transfer)
 
 
-def in_store(name: str, store: Store, prefix: str, files: Mapping[str, RemoteFile]) -> RemoteModel:
-    """A checkpoint that the service itself stored below `prefix`, whose sizes and sha256s it knows. Raises RecipeError."""
-    wanted = _choose(name, files)
-    return RemoteModel(
-        name, _digest({path: (file.bytes, file.sha256) for path, file in wanted.items()}), wanted, functools.partial(_get_files, store, prefix, wanted)
-    )
+def in_store(checkpoint_id: str, tenant_id: str, settings: Settings) -> RemoteModel:
+    """A checkpoint that the tenant has uploaded. Its version is the hash of its manifest. Raises RecipeError."""
+    database = Database(settings.database_url.get_secret_value())
+    try:
+        with database.reading() as session:
+            checkpoint = get_ready(session, tenant_id, checkpoint_id)
+            files = {file.path: file for file in list_files(session, checkpoint) if "/" not in file.path}
+    finally:
+        database.dispose()
+    assert checkpoint.sha256 is not None
+    wanted = _choose(checkpoint_id, {path: RemoteFile(file.bytes, file.sha256) for path, file in files.items()})
+    keys = {path: files[path].keys for path in wanted}
+    return RemoteModel(checkpoint_id, checkpoint.sha256, wanted, functools.partial(_get_files, open_store(settings), keys))
 
 
 def _choose(model: str, files: Mapping[str, RemoteFile]) -> dict[str, RemoteFile]:
@@ -115,17 +126,17 @@ def _digest(files: Mapping[str, tuple[Any, ...]]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _get_files(store: Store, prefix: str, files: Mapping[str, RemoteFile], folder: Path) -> None:
-    """Objects into a folder; those that an earlier transfer left whole are not transferred again."""
+def _get_files(store: Store, keys: Mapping[str, Sequence[str]], folder: Path) -> None:
+    """Files, by the keys of the objects that one after another make up each, into a folder; those that an earlier transfer left whole are not transferred again."""
 
     def get(name: str) -> None:
         if not (folder / name).exists():
             part = folder / f".{name}.part"
-            store.get_file(prefix + name, part)
+            store.get_file(part, *keys[name])
             part.rename(folder / name)
 
     with ThreadPoolExecutor(TRANSFERS_AT_ONCE) as pool:
-        for _ in pool.map(get, sorted(files)):
+        for _ in pool.map(get, sorted(keys)):
             pass
     for left in folder.glob(".*.part"):
         left.unlink()
@@ -134,13 +145,13 @@ def _get_files(store: Store, prefix: str, files: Mapping[str, RemoteFile], folde
 # -------------------------------------------------------------------- the command
 
 
-def fetch(model: str, revision: str | None, settings: Settings) -> dict[str, Any]:
+def fetch(model: str, revision: str | None, tenant_id: str, settings: Settings) -> dict[str, Any]:
     """What the command answers. Raises RecipeError, and OSError (ENOSPC) where the disk is too small."""
     folder = revision and cache.find(settings.models_dir, model, revision)
     if folder and revision:
         return _answer(folder, revision, cached=True)
     try:
-        remote = in_bucket(model, settings) if model.startswith("s3://") else on_hub(model, revision)
+        remote = _find(model, revision, tenant_id, settings)
     except OfflineModeIsEnabled:  # the operator has filled the hub's own cache
         folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
         return _answer(folder, folder.name, cached=False)
@@ -150,16 +161,22 @@ def fetch(model: str, revision: str | None, settings: Settings) -> dict[str, Any
     return _answer(folder, remote.version, cached=True)
 
 
+def _find(model: str, revision: str | None, tenant_id: str, settings: Settings) -> RemoteModel:
+    if CHECKPOINT_ID.fullmatch(model):
+        return in_store(model, tenant_id, settings)
+    return in_bucket(model, settings) if model.startswith("s3://") else on_hub(model, revision)
+
+
 def _answer(folder: Path, revision: str, *, cached: bool) -> dict[str, Any]:
     return {"folder": str(folder), "revision": revision, "cached": cached}
 
 
-def main(model: str, result: Path) -> int:
+def main(model: str, result: Path, tenant_id: str) -> int:
     disable_progress_bars()
     _say(event="phase", phase="fetch")
     earlier = json.loads(result.read_text(encoding="utf-8"))["revision"] if result.is_file() else None
     try:
-        answer = fetch(model, earlier, get_settings())
+        answer = fetch(model, earlier, tenant_id, get_settings())
     except RecipeError as error:
         _say(event="error", code=error.code, message=error.message, hint=error.hint)
         return 2
@@ -190,4 +207,4 @@ def _say(**event: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))

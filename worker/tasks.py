@@ -20,11 +20,11 @@ from sqlalchemy.orm import Session
 from app import telemetry, totals
 from app.database import Database
 from app.exceptions import EspalierError
-from app.jobs.lease import Lease, LeaseLost, StoredFile, claim_next, finish, finished_jobs, is_result, release, worker_lost
+from app.jobs.lease import Lease, LeaseLost, StoredFile, claim_next, finish, is_result, release, seconds_over, worker_lost
 from app.models import Worker
 from app.recipe import Recipe
 from app.settings import Settings
-from app.source import find_local, find_stored, find_text
+from app.source import CHECKPOINT_ID, find_local, find_stored, find_text
 from app.storage import open_store
 from worker import cache, durable
 from worker.heartbeat import Heartbeat, never
@@ -128,11 +128,12 @@ class Attempt:
         """The folder of the model that the recipe names, and the locks under which it stays where it is."""
         model = self._recipe.model
         assert model is not None
-        folder = find_local(model, self._settings.model_roots)
+        uploaded = CHECKPOINT_ID.fullmatch(model) is not None
+        folder = None if uploaded else find_local(model, self._settings.model_roots)
         if folder is not None:
             yield folder, []
             return
-        if find_stored(model, self._settings.model_urls) is None and not self._settings.hub:
+        if not uploaded and find_stored(model, self._settings.model_urls) is None and not self._settings.hub:
             raise EspalierError(f"There is no model '{model}' below the worker's roots.", code="model_not_found", hint="Name a folder below an allowed root.")
         folder, lock = self._fetch(space, model)
         try:
@@ -154,7 +155,7 @@ class Attempt:
         """The folder of a model that lies elsewhere, and the lock that keeps it in the cache, if it lies there."""
         answer = space.folder / "model.json"
         while True:
-            outcome = self._step(space, *FETCH, model, answer)
+            outcome = self._step(space, *FETCH, model, answer, self._lease.tenant_id)
             if outcome.kind == "crashed":
                 log.error("fetch failed", said=outcome.said)
                 outcome = Outcome("crashed", {"code": "hub_unavailable", "message": f"'{model}' could not be fetched.", "hint": "Try again in a while."})
@@ -278,14 +279,14 @@ def _settle(database: Database, heart: Heartbeat, write: Callable[[Session], Non
 
 
 def clean_up(settings: Settings, database: Database, lease: Lease | None = None) -> None:
-    """Remove the work directories of finished jobs and, of the lease's job, stored files that are not its result. What fails now is tried after the next job."""
+    """Remove what no job goes on from: work directories and, of the lease's job, stored files that are not its result. What fails now is tried after the next job."""
 
-    def finished(job_ids: Sequence[str]) -> set[str]:
+    def over(job_ids: Sequence[str]) -> dict[str, float]:
         with database.reading() as session:
-            return finished_jobs(session, job_ids)
+            return seconds_over(session, job_ids)
 
     try:
-        sweep(settings.work_dir, finished)
+        sweep(settings.work_dir, over, settings.keep_work_seconds)
         if lease is not None:
             store = open_store(settings)
             for token in range(1, lease.token + 1):
@@ -294,7 +295,7 @@ def clean_up(settings: Settings, database: Database, lease: Lease | None = None)
                     keep = is_result(session, lease.job_id, prefix)
                 if not keep:
                     store.delete_prefix(prefix)
-            if finished([lease.job_id]):
+            if over([lease.job_id]).get(lease.job_id, -1) >= settings.keep_work_seconds:
                 store.delete_prefix(lease.resume_prefix)
     except (SQLAlchemyError, EspalierError, OSError):
         log.exception("clean-up failed")

@@ -15,6 +15,7 @@ Each attempt's time, from its claim to its end, is added to the job's `ran_secon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,7 +26,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from app.database import db_now, seconds_between
 from app.jobs.repository import insert_event
-from app.models import FINISHED, Artifact, Job, OutboxMessage, Tenant, Worker
+from app.models import RETRIED, Artifact, Job, OutboxMessage, Tenant, Worker
 
 HELD = ("running", "cancelling")
 CLAIM_LOCK = 4_771_020_601  # any number that nothing else locks
@@ -248,10 +249,12 @@ def give_up(session: Session, limit: int = 100) -> list[str]:
     return [row.id for row in rows]
 
 
-def finished_jobs(session: Session, job_ids: Sequence[str]) -> set[str]:
-    """Which of these jobs have ended, or are not there any more."""
-    going_on = select(Job.id).where(Job.id.in_(job_ids), Job.state.not_in(FINISHED))
-    return set(job_ids) - set(session.scalars(going_on))
+def seconds_over(session: Session, job_ids: Sequence[str]) -> dict[str, float]:
+    """For how long these jobs have been over: since their end, or for ever where nothing goes on any more, as after success. Those that go on are left out."""
+    since_end = seconds_between(Job.finished_at, db_now()).label("since_end")
+    jobs = {row.id: row for row in session.execute(select(Job.id, Job.state, since_end).where(Job.id.in_(job_ids)))}
+    over = {job_id: math.inf for job_id in job_ids if job_id not in jobs or jobs[job_id].state == "succeeded"}
+    return over | {row.id: max(0.0, row.since_end) for row in jobs.values() if row.state in RETRIED}
 
 
 def is_result(session: Session, job_id: str, prefix: str) -> bool:

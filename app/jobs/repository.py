@@ -8,14 +8,16 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Select, bindparam, case, exists, func, insert, literal, select, tuple_, update
+from sqlalchemy import ColumnElement, Select, bindparam, case, delete, exists, func, insert, literal, select, tuple_, update
 from sqlalchemy.orm import Session, defer
 from uuid_utils import uuid7
 
 from app import telemetry, totals
 from app.database import UtcDateTime, db_now
-from app.models import Artifact, Job, JobEvent, OutboxMessage, Tenant, Worker
+from app.models import FINISHED, RETRIED, Artifact, Job, JobEvent, OutboxMessage, Tenant, Worker
 from app.recipe import Limits, Recipe
+from app.sinks import repository as sinks
+from app.webhooks.deliveries import announce
 
 MAX_MESSAGE_LENGTH = 10_000
 COUNTED = ("claimed", "requeued", "lease_expired", "succeeded", "failed", "cancelled")  # events of which the metrics tell how many there were
@@ -28,6 +30,10 @@ class JobFilter:
     states: tuple[str, ...] = ()
     method: str | None = None
     model: str | None = None
+    queue: str | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 def insert_job(
@@ -37,6 +43,8 @@ def insert_job(
     *,
     queue: str = "default",
     priority: int = 0,
+    labels: dict[str, str] | None = None,
+    webhook_id: str | None = None,
     host_bytes: int | None = None,
     device_bytes: int | None = None,
     message: str = "Queued.",
@@ -50,6 +58,8 @@ def insert_job(
         "recipe": _stored(recipe),
         "queue": queue,
         "priority": priority,
+        "labels": labels or {},
+        "webhook_id": webhook_id,
         "host_bytes": host_bytes,
         "device_bytes": device_bytes,
         "max_attempts": recipe.limits.max_attempts,
@@ -66,7 +76,7 @@ def insert_job(
 
 
 @dataclass(frozen=True)
-class Standing:
+class Admission:
     """What a submission meets."""
 
     waiting: int  # jobs of its tenant
@@ -74,13 +84,13 @@ class Standing:
     served: bool  # a worker of its class lives
 
 
-def find_standing(session: Session, tenant_id: str, queue: str, lease_seconds: float) -> Standing:
-    waiting, bound, served = session.execute(_standing(lease_seconds), {"tenant": tenant_id, "class": queue}).one()
-    return Standing(waiting, bound, served)
+def find_admission(session: Session, tenant_id: str, queue: str, lease_seconds: float) -> Admission:
+    waiting, bound, served = session.execute(_admission(lease_seconds), {"tenant": tenant_id, "class": queue}).one()
+    return Admission(waiting, bound, served)
 
 
 @lru_cache(maxsize=4)  # every submission asks, and it takes longer to build than to execute
-def _standing(lease_seconds: float) -> Select[int, int | None, bool]:
+def _admission(lease_seconds: float) -> Select[int, int | None, bool]:
     waiting = select(func.count()).where(Job.tenant_id == bindparam("tenant"), Job.state == "queued").scalar_subquery()
     served = exists().where(Worker.queue == bindparam("class"), Worker.seen_at > db_now(-lease_seconds))
     return select(waiting, Tenant.max_queued, served).where(Tenant.id == bindparam("tenant"))
@@ -96,12 +106,17 @@ def add_event(session: Session, job_id: str, tenant_id: str, kind: str, message:
 
 
 def insert_event(session: Session, job_id: str, tenant_id: str, queue: str, sequence: int, kind: str, message: str, data: dict[str, Any]) -> None:
-    """Write the event with this number, which the job's `last_event` counts already."""
+    """Write the event with this number, which the job's `last_event` counts already, and the news of it."""
     text = message.replace("\0", "")[:MAX_MESSAGE_LENGTH]  # Postgres stores no NUL
     row = {"job_id": job_id, "sequence": sequence, "tenant_id": tenant_id, "kind": kind, "message": text, "data": data}
     session.execute(insert(JobEvent).values(row))
     if kind in COUNTED:
         totals.count(session, totals.EVENTS, kind=kind, queue=queue, code=str(data.get("code", "")))
+    if kind in FINISHED:
+        sinks.job_ended(session, job_id, kind)
+    elif kind == "retried":
+        sinks.job_begins_anew(session, job_id)
+    announce(session, job_id, tenant_id, kind, sequence)
 
 
 def find_job(session: Session, tenant_id: str, job_id: str) -> Job | None:
@@ -122,6 +137,14 @@ def list_jobs(session: Session, tenant_id: str, wanted: JobFilter, before: tuple
         query = query.where(Job.method == wanted.method)
     if wanted.model is not None:
         query = query.where(Job.model == wanted.model)
+    if wanted.queue is not None:
+        query = query.where(Job.queue == wanted.queue)
+    if wanted.created_after is not None:
+        query = query.where(Job.created_at > wanted.created_after)
+    if wanted.created_before is not None:
+        query = query.where(Job.created_at < wanted.created_before)
+    for name, value in wanted.labels:
+        query = query.where(Job.labels[name].as_string() == value)
     if before is not None:
         query = query.where(tuple_(Job.created_at, Job.id) < tuple_(literal(before[0], UtcDateTime()), literal(before[1])))
     return session.scalars(query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)).all()
@@ -145,6 +168,61 @@ def request_cancel(session: Session, tenant_id: str, job_id: str) -> str | None:
         )
     )
     return session.scalar(changed.returning(Job.state), execution_options={"synchronize_session": False})
+
+
+def queue_again(session: Session, job: Job, start_by: ColumnElement[datetime] | None) -> bool:
+    """Queue a job that failed or was cancelled, with as many attempts and as much time as a new one; False if another request was faster."""
+    again = (
+        update(Job)
+        .where(Job.id == job.id, Job.tenant_id == job.tenant_id, Job.state.in_(RETRIED))
+        .values(
+            state="queued",
+            error=None,
+            progress={},
+            max_attempts=Job.attempt + job.recipe["limits"]["max_attempts"],
+            ran_seconds=0.0,
+            start_by=start_by,
+            started_at=None,
+            finished_at=None,
+            cancel_requested_at=None,
+            published_at=None,
+        )
+    )
+    if session.scalar(again.returning(Job.id), execution_options={"synchronize_session": False}) is None:
+        return False
+    session.execute(insert(OutboxMessage).values(job_id=job.id, tenant_id=job.tenant_id))
+    return True
+
+
+def delete_job(session: Session, tenant_id: str, job_id: str) -> bool:
+    """Delete the row of a job that has finished, and all that refers to it; whether there was such a job."""
+    finished = delete(Job).where(Job.id == job_id, Job.tenant_id == tenant_id, Job.state.in_(FINISHED))
+    return session.scalar(finished.returning(Job.id), execution_options={"synchronize_session": False}) is not None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a job is, as those who watch it need to know."""
+
+    version: int
+    last_event: int
+    state: str
+
+    @property
+    def finished(self) -> bool:
+        return self.state in FINISHED
+
+
+def find_standings(session: Session, job_ids: Sequence[str]) -> dict[str, Standing]:
+    """Of those of some jobs that exist. They may be of any tenant: who asks for a job has been shown it before."""
+    rows = session.execute(select(Job.id, Job.version, Job.last_event, Job.state).where(Job.id.in_(job_ids)))
+    return {row.id: Standing(row.version, row.last_event, row.state) for row in rows}
+
+
+def find_events(session: Session, numbers: Sequence[tuple[str, int]]) -> Sequence[JobEvent]:
+    """The events with these jobs and sequence numbers, in their order."""
+    query = select(JobEvent).where(tuple_(JobEvent.job_id, JobEvent.sequence).in_(numbers))
+    return session.scalars(query.order_by(JobEvent.job_id, JobEvent.sequence)).all()
 
 
 def list_artifacts(session: Session, tenant_id: str, job_id: str) -> Sequence[Artifact]:

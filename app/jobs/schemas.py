@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from app import models
 from app.estimate import Estimate
-from app.models import FINISHED
+from app.models import FINISHED, RETRIED
 from app.queues.schemas import Out, Placement
 from app.recipe import MethodName, Recipe
 from app.settings import QUEUE
+from app.sinks.schemas import MAX_SINKS, Sink, SinkRun
+from app.webhooks.schemas import WEBHOOK_ID
 
+MAX_LABELS = 16
+LabelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+LabelValue = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\x00]*$")]
+Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=MAX_LABELS)]
 State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 
 
@@ -23,7 +29,7 @@ class Submission(Recipe):
     model: str = Field(
         min_length=1,
         max_length=1024,
-        description="A hub id, or the path of a local checkpoint below a root that the operator allows.",
+        description="A hub id, the id of an uploaded checkpoint (`ckpt_…`), or the path of a local one below a root that the operator allows.",
         examples=["HuggingFaceTB/SmolLM2-135M"],
     )
     queue: str = Field(
@@ -34,6 +40,18 @@ class Submission(Recipe):
         examples=["default", "auto"],
     )
     priority: int = Field(0, ge=-10, le=10, description="Jobs of higher priority are begun first.", examples=[0])
+    webhook: str | None = Field(
+        None,
+        pattern=WEBHOOK_ID,
+        description="A webhook that is to hear of this job, beside those that hear of every job.",
+        examples=["wh_0193d5f0c1d57a3c8d4e0a1b2c3d4e5f"],
+    )
+    sinks: tuple[Sink, ...] = Field(
+        (), max_length=MAX_SINKS, description="Where the result is to go once the job has succeeded: at most 4. Their failure is not the job's."
+    )
+    metadata: Labels = Field(
+        {}, description="Up to 16 pairs of your own, by which jobs can be listed; names of up to 64 characters, values of up to 512.", examples=[{"run": "42"}]
+    )
 
 
 class Validation(Out):
@@ -77,6 +95,7 @@ class Links(Out):
     self: str = Field(description="The job.", examples=["/v1/jobs/job_0193d5f0"])
     events: str = Field(description="What happened to it.", examples=["/v1/jobs/job_0193d5f0/events"])
     cancel: str | None = Field(description="POST here to cancel it; null once it has finished.", examples=["/v1/jobs/job_0193d5f0/cancel"])
+    retry: str | None = Field(description="POST here to have it tried again, once it has failed or was cancelled.", examples=["/v1/jobs/job_0193d5f0/retry"])
     report: str | None = Field(description="Everything measured, once it has succeeded.", examples=["/v1/jobs/job_0193d5f0/report"])
     artifacts: str | None = Field(
         description="The manifest of its files, once it has succeeded and while they are kept.", examples=["/v1/jobs/job_0193d5f0/artifacts"]
@@ -99,8 +118,10 @@ class Job(Out):
     method: MethodName = Field(description="The pruning method.", examples=["cfsp"])
     queue: str = Field(description="The class of workers that may run it.", examples=["default"])
     priority: int = Field(description="Jobs of higher priority are begun first.", examples=[0])
+    metadata: dict[str, str] = Field(description="The submitter's own pairs.", examples=[{"run": "42"}])
     recipe: Recipe = Field(description="The whole recipe, with every default filled in.")
     error: JobError | None = Field(description="Why it failed; null otherwise.")
+    sinks: list[SinkRun] = Field(description="Where the result goes once it has succeeded, and what became of that.")
     links: Links = Field(description="Where its parts are.")
     created_at: datetime = Field(description="When it was submitted (UTC).", examples=["2026-11-22T01:02:03.456Z"])
     started_at: datetime | None = Field(description="When its latest attempt started (UTC).", examples=["2026-11-22T01:02:04.123Z"])
@@ -116,12 +137,13 @@ class Job(Out):
             self=path,
             events=f"{path}/events",
             cancel=None if job.state in FINISHED else f"{path}/cancel",
+            retry=f"{path}/retry" if job.state in RETRIED else None,
             report=f"{path}/report" if succeeded else None,
             artifacts=f"{path}/artifacts" if stored else None,
             checkpoint=f"{path}/checkpoint" if stored else None,
         )
-        fields = {name: getattr(job, name) for name in cls.model_fields if name != "links"}
-        return cls.model_validate({**fields, "links": links})
+        of_row = {name: getattr(job, name) for name in cls.model_fields.keys() - {"links", "metadata"}}
+        return cls.model_validate({**of_row, "links": links, "metadata": job.labels})
 
 
 class JobPage(Out):
@@ -136,8 +158,8 @@ class Event(Out):
 
     sequence: int = Field(description="1, 2, … within the job, without gaps.", examples=[3])
     kind: str = Field(
-        description="`queued`, `claimed`, `phase`, `progress`, `log`, `cancel_requested`, `cancelled`, `requeued`, `succeeded`, `failed`, `lease_expired` or "
-        "`artifacts_deleted`.",
+        description="`queued`, `claimed`, `phase`, `progress`, `log`, `cancel_requested`, `cancelled`, `requeued`, `succeeded`, `failed`, `retried`, `lease_expired`, "
+        "`artifacts_deleted`, `sink_succeeded`, `sink_failed`, `sink_added` or `sink_retried`.",
         examples=["phase"],
     )
     message: str = Field(description="For people.", examples=["Pruning."])

@@ -10,36 +10,40 @@ from datetime import datetime
 
 from sqlalchemy.orm import Session
 
+from app.checkpoints.service import get_ready
 from app.counting import count_parameters, fraction_of
+from app.database import db_now
 from app.estimate import Estimate, estimate
 from app.exceptions import ConflictError, CursorError, GoneError, NotFoundError, QuotaError, RecipeError
 from app.jobs import repository
 from app.jobs.repository import JobFilter
 from app.jobs.schemas import Submission, Validation
-from app.models import FINISHED, Artifact, Job
+from app.models import FINISHED, RETRIED, Artifact, Job
 from app.queues.service import AUTO, place
 from app.recipe import MODEL_ID, Budget
 from app.settings import Settings
-from app.source import Source, check_recipe, find_local, find_stored, find_text, read_source
+from app.sinks import reach
+from app.sinks.repository import insert_runs
+from app.source import CHECKPOINT_ID, Source, check_recipe, find_local, find_stored, find_text, read_source
+from app.vault import Vault
+from app.webhooks.service import check_named
 
 RETRY_SECONDS = 30  # after a submission that was one too many
 
 
-def check_submission(recipe: Submission, settings: Settings) -> Source | None:
+def check_submission(recipe: Submission, settings: Settings, uploaded: Source | None = None) -> Source | None:
     """Refuse what can never run, as far as it can be seen from here: model and text outside the allowed roots, a checkpoint that can't be pruned.
 
     -> the checkpoint, where it lies here.
     """
     for pointer, name in recipe.texts.items():
         find_text(name, settings.text_roots, pointer)
+    if uploaded is not None:
+        return _checked(recipe, uploaded)
     folder = find_local(recipe.model, settings.model_roots)
     if folder is not None:
         if folder.is_dir() or any(root.is_dir() for root in settings.model_roots):  # else the roots are only on the workers
-            source = read_source(folder)
-            check_recipe(recipe, source)
-            if not isinstance(recipe.sparsity, Budget):
-                fraction_of(recipe, count_parameters(source, []))
-            return source
+            return _checked(recipe, read_source(folder))
     elif find_stored(recipe.model, settings.model_urls) is not None:
         return None  # the worker looks at it
     elif not MODEL_ID.fullmatch(recipe.model):
@@ -59,9 +63,21 @@ def check_submission(recipe: Submission, settings: Settings) -> Source | None:
     return None
 
 
-def cost_of(recipe: Submission, settings: Settings) -> Estimate | None:
-    """What a submission costs; None where that is not known before it runs. Raises RecipeError for one that can never run."""
-    source = check_submission(recipe, settings)
+def _checked(recipe: Submission, source: Source) -> Source:
+    check_recipe(recipe, source)
+    if not isinstance(recipe.sparsity, Budget):
+        fraction_of(recipe, count_parameters(source, []))
+    return source
+
+
+def cost_of(recipe: Submission, settings: Settings, uploaded: Source | None = None) -> Estimate | None:
+    """What a submission costs; None where that is not known before it runs. Raises RecipeError for one that can never run.
+
+    uploaded: the model, where it is an uploaded checkpoint.
+    """
+    for number, sink in enumerate(recipe.sinks):
+        reach.check(sink, settings, f"/sinks/{number}")
+    source = check_submission(recipe, settings, uploaded)
     if source is None:
         return None
     texts = {name: find_text(name, settings.text_roots, pointer) for pointer, name in recipe.texts.items()}
@@ -75,33 +91,84 @@ def validate(session: Session, recipe: Submission, cost: Estimate | None, settin
 
 def submit(session: Session, tenant_id: str, recipe: Submission, cost: Estimate | None, settings: Settings) -> Job:
     """Raises QuotaError where the tenant has as many waiting jobs as it may; requests at the same moment may exceed that by their number."""
+    _hold_model(session, tenant_id, recipe.model)
+    check_named(session, tenant_id, recipe.webhook)
     queue = recipe.queue
-    standing = repository.find_standing(session, tenant_id, queue, settings.lease_seconds)
-    bound = settings.max_queued if standing.bound is None else standing.bound
-    if standing.waiting >= bound:
-        raise _too_many(standing.waiting, bound)
-    served = standing.served
+    served = _admit(session, tenant_id, queue, settings)
     if cost is not None or queue == AUTO:
         placement = place(session, queue, cost, settings.lease_seconds)
         queue, served = placement.queue, placement.live_workers > 0
-    return repository.insert_job(
+    job = repository.insert_job(
         session,
         tenant_id,
         recipe,
         queue=queue,
         priority=recipe.priority,
+        labels=recipe.metadata,
+        webhook_id=recipe.webhook,
         host_bytes=None if cost is None else cost.host_bytes,
         device_bytes=None if cost is None else cost.device_bytes,
-        message="Queued." if served else f"Queued; no worker of the queue '{queue}' lives now, so it waits for one.",
+        message=_queued("Queued", queue, served),
     )
+    if recipe.sinks:
+        insert_runs(session, tenant_id, job.id, recipe.sinks, Vault(settings), "pending")
+        session.refresh(job, ["sinks"])
+    return job
 
 
-def _too_many(waiting: int, bound: int) -> QuotaError:
+def _hold_model(session: Session, tenant_id: str, model: str) -> None:
+    """Keep an uploaded checkpoint from being deleted before the job that needs it is there."""
+    if CHECKPOINT_ID.fullmatch(model):
+        get_ready(session, tenant_id, model)
+
+
+def retry(session: Session, tenant_id: str, job_id: str, settings: Settings) -> Job:
+    """Queue a job anew that failed or was cancelled. Raises ConflictError for any other, QuotaError as `submit` does."""
+    job = get_job(session, tenant_id, job_id)
+    if job.state not in RETRIED:
+        raise _not_retried(job)
+    _hold_model(session, tenant_id, job.model)
+    served = _admit(session, tenant_id, job.queue, settings)
+    max_pending = job.recipe["limits"].get("max_pending")
+    if repository.queue_again(session, job, None if max_pending is None else db_now(max_pending)):
+        repository.add_event(session, job_id, tenant_id, "retried", _queued("Queued again", job.queue, served), {"attempt": job.attempt})
+        session.expire(job)
+        return get_job(session, tenant_id, job_id)
+    session.expire(job)
+    raise _not_retried(get_job(session, tenant_id, job_id))  # another request was faster
+
+
+def _not_retried(job: Job) -> ConflictError:
+    return ConflictError(f"The job is {job.state}.", code="job_not_retryable", hint="A job can be retried once it has failed or was cancelled.")
+
+
+def delete(session: Session, tenant_id: str, job_id: str) -> None:
+    """Delete a job that has finished, with all that is known of it; its files are the caller's to delete. Raises ConflictError while it goes on."""
+    if not repository.delete_job(session, tenant_id, job_id):
+        job = get_job(session, tenant_id, job_id)
+        raise ConflictError(f"The job is {job.state}.", code="job_not_finished", hint=f"Cancel it with POST /v1/jobs/{job_id}/cancel, and wait for its end.")
+
+
+def files_of(tenant_id: str, job_id: str) -> str:
+    """Where everything lies that attempts at a job have stored."""
+    return f"{tenant_id}/jobs/{job_id}/"
+
+
+def _admit(session: Session, tenant_id: str, queue: str, settings: Settings) -> bool:
+    """Raise QuotaError where one more waiting job is too many; whether a worker of the queue lives."""
+    met = repository.find_admission(session, tenant_id, queue, settings.lease_seconds)
+    bound = settings.max_queued if met.bound is None else met.bound
+    if met.waiting < bound:
+        return met.served
     error = QuotaError(
-        f"{waiting} jobs wait, and this tenant may have {bound} waiting.", code="too_many_queued", hint="Submit again when some have begun, or cancel some."
+        f"{met.waiting} jobs wait, and this tenant may have {bound} waiting.", code="too_many_queued", hint="Submit again when some have begun, or cancel some."
     )
     error.headers = {"Retry-After": str(RETRY_SECONDS)}
-    return error
+    raise error
+
+
+def _queued(done: str, queue: str, served: bool) -> str:
+    return f"{done}." if served else f"{done}; no worker of the queue '{queue}' lives now, so it waits for one."
 
 
 def get_job(session: Session, tenant_id: str, job_id: str) -> Job:

@@ -67,7 +67,7 @@ def upgrade() -> None:
         sa.Column("id", sa.String(64), primary_key=True),
         sa.Column("webhook_id", sa.String(64), sa.ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
         tenant(),
-        sa.Column("job_id", sa.String(64), nullable=False, index=True),
+        sa.Column("job_id", sa.String(64), index=True),
         sa.Column("kind", sa.String(64), nullable=False),
         sa.Column("payload", Json, nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
@@ -77,7 +77,7 @@ def upgrade() -> None:
         sa.Column("last_error", sa.String(500)),
         sa.Column("created_at", Time, nullable=False),
         sa.Column("delivered_at", Time),
-        sa.Index("ix_deliveries_next_at", "next_at", postgresql_where=TO_SEND, sqlite_where=TO_SEND),
+        sa.Index("ix_deliveries_webhook_id_next_at", "webhook_id", "next_at", postgresql_where=TO_SEND, sqlite_where=TO_SEND),
         sa.Index("ix_deliveries_webhook_id_created_at_id", "webhook_id", "created_at", "id"),
     )
     op.create_table(
@@ -88,12 +88,14 @@ def upgrade() -> None:
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("error", Json),
         sa.Column("bytes", sa.BigInteger(), nullable=False),
+        sa.Column("part_bytes", sa.BigInteger(), nullable=False),
         sa.Column("sha256", sa.String(64)),
+        sa.Column("lease_until", Time),
         sa.Column("created_at", Time, nullable=False),
         sa.Column("updated_at", Time, nullable=False),
         sa.Column("completed_at", Time),
         sa.CheckConstraint("state IN ('uploading', 'verifying', 'ready', 'failed')", name="state"),
-        sa.Index("ix_checkpoints_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
+        sa.Index("ix_checkpoints_tenant_id_id", "tenant_id", "id"),
     )
     op.create_table(
         "checkpoint_files",

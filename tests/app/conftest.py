@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,20 @@ def make_settings(home: Path, database_url: str, roots: Path, **values: Any) -> 
     )
 
 
-@pytest.fixture(scope="module")  # so that no dispatcher of its runs beside those that other modules test
-def shared_api(migrated_url: str, roots: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    settings = make_settings(tmp_path_factory.mktemp("home"), migrated_url, roots)
-    database = Database(migrated_url)
+@contextmanager
+def serving(home: Path, database_url: str, roots: Path, **values: Any) -> Iterator[Api]:
+    """A service with these settings, on a migrated database."""
+    settings = make_settings(home, database_url, roots, **values)
+    database = Database(database_url)
     with TestClient(create_app(settings)) as client:
         yield Api(client, database, open_store(settings), settings)
     database.dispose()
+
+
+@pytest.fixture(scope="module")  # so that no dispatcher of its runs beside those that other modules test
+def shared_api(migrated_url: str, roots: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with serving(tmp_path_factory.mktemp("home"), migrated_url, roots) as made:
+        yield made
 
 
 @pytest.fixture

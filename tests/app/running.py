@@ -30,6 +30,7 @@ class Running:
     client: httpx.Client
     key: str
     home: Path
+    api: subprocess.Popen[bytes]
     workers: Sequence[subprocess.Popen[bytes]]
 
     def lines(self, process: str) -> list[dict[str, Any]]:
@@ -60,7 +61,18 @@ def running(home: Path, behaviour: dict[str, Any], environment: dict[str, str], 
         "worker": {"ESPALIER_MODEL_ROOTS": json.dumps([str(home / "models")])},
     }  # to the API the model is one of the hub
     port = free_port()
-    api = ["uvicorn", "app.main:create_app", "--factory", "--no-access-log", "--port", str(port), "--workers", str(api_workers)]
+    api = [
+        "uvicorn",
+        "app.main:create_app",
+        "--factory",
+        "--http",
+        "app.protocol:BoundedProtocol",
+        "--no-access-log",
+        "--port",
+        str(port),
+        "--workers",
+        str(api_workers),
+    ]
     celery = ["celery", "--quiet", "-A", "tests.faults.worker", "worker", "-Q", "prune", "-c", "1", "--without-mingle", "--without-gossip"]
     processes = []
     for name, arguments in {"api": api, "worker": celery}.items() if worker else [("api", api)]:
@@ -80,7 +92,7 @@ def running(home: Path, behaviour: dict[str, Any], environment: dict[str, str], 
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=30) as client:
             wait_until(lambda: _answers(client), 60, "the API")
-            yield Running(client, key, home, processes[1:])
+            yield Running(client, key, home, processes[0], processes[1:])
     finally:
         for process in processes:
             process.send_signal(signal.SIGTERM)

@@ -2,61 +2,51 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy import update
 
-from app.auth import SCOPES, Scope, create_key, main, revoke_key, verify_key
+from app.auth import SCOPES, create_key, main, revoke_key, verify_key
 from app.database import Database, db_now
 from app.exceptions import AuthenticationError, NotFoundError
 from app.models import ApiKey
-from tests.app.conftest import RECIPE, Api
+from tests.app.calls import CALLS, NETWORKS, operations, prepare
+from tests.app.conftest import RECIPE, Api, serving
 
-NEEDS: dict[tuple[str, str], Scope] = {
-    ("POST", "/v1/jobs"): "jobs:write",
-    ("GET", "/v1/jobs"): "jobs:read",
-    ("GET", "/v1/jobs/{job_id}"): "jobs:read",
-    ("GET", "/v1/jobs/{job_id}/events"): "jobs:read",
-    ("POST", "/v1/jobs/{job_id}/cancel"): "jobs:write",
-    ("GET", "/v1/jobs/{job_id}/report"): "jobs:read",
-    ("GET", "/v1/jobs/{job_id}/artifacts"): "artifacts:read",
-    ("GET", "/v1/jobs/{job_id}/artifacts/{path}"): "artifacts:read",
-    ("GET", "/v1/jobs/{job_id}/checkpoint"): "artifacts:read",
-    ("GET", "/v1/methods"): "jobs:read",
-    ("GET", "/v1/recoveries"): "jobs:read",
-    ("GET", "/v1/queues"): "jobs:read",
-}
-OF_A_JOB = [(method, path) for method, path in NEEDS if "{job_id}" in path]
-OPEN = {("GET", "/livez"), ("GET", "/readyz")}
+PREFIXES = {"job": "job", "key": "key", "webhook": "wh", "delivery": "dlv", "checkpoint": "ckpt"}
+
+OPEN = ("/livez", "/readyz")
+OF_A_THING = [endpoint for endpoint in CALLS if "{" in endpoint]
+NOWHERE = {"number": "0", "path": "config.json"} | {f"{name}_id": f"{prefix}_{'0' * 32}" for name, prefix in PREFIXES.items()}
+
+
+@pytest.fixture(scope="module")
+def shared_api(migrated_url: str, roots: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with serving(tmp_path_factory.mktemp("home"), migrated_url, roots, webhook_networks=NETWORKS) as made:
+        yield made
 
 
 def test_these_are_all_endpoints(shared_api: Api) -> None:
-    paths = shared_api.client.get("/openapi.json").json()["paths"]
-    assert {(method.upper(), path) for path, operations in paths.items() for method in operations} == {*NEEDS, *OPEN}
+    assert {f"{method} {path}" for method, path, _ in operations(shared_api) if path not in OPEN} == set(CALLS)
 
 
-@pytest.fixture
-def theirs(api: Api, tmp_path: Path) -> tuple[Api, str]:
-    """Another tenant with a job that has succeeded."""
+@pytest.mark.parametrize("endpoint", OF_A_THING)
+def test_another_tenants_thing_is_not_there(api: Api, endpoint: str, tmp_path: Path) -> None:
     other = api.other_tenant()
-    return other, other.succeed(tmp_path, {"checkpoint/config.json": b"{}", "report.json": b"{}"})
-
-
-@pytest.mark.parametrize(("method", "path"), OF_A_JOB)
-def test_another_tenants_job_is_not_there(api: Api, theirs: tuple[Api, str], method: str, path: str) -> None:
-    other, job_id = theirs
-    path = path.format(job_id=job_id, path="checkpoint/config.json")
-    before = other.get(f"/v1/jobs/{job_id}").json()
-    refused = api.request(method, path)
-    nowhere = api.request(method, path.replace(job_id, "job_" + "0" * 32))
-    assert refused.status_code == nowhere.status_code == 404
-    assert refused.json()["code"] == nowhere.json()["code"] == "job_not_found"
+    theirs = prepare(other, endpoint, tmp_path)
+    method, path = endpoint.split()
+    nowhere = replace(theirs, path=path.format(**NOWHERE)).send(api)
+    refused = theirs.send(api)
+    assert refused.status_code == nowhere.status_code == 404, refused.text
+    assert refused.json()["code"] == nowhere.json()["code"]
     if method == "GET":
-        assert api.request("HEAD", path).status_code in (404, 405)
-        etag = other.get(path).headers.get("ETag", '"1"')
-        assert api.get(path, headers={"If-None-Match": etag}).status_code == 404
-    assert other.get(f"/v1/jobs/{job_id}").json() == before
+        assert replace(theirs, method="HEAD").send(api).status_code in (404, 405)
+        assert api.get(theirs.path, headers={"If-None-Match": '"1", *'}).status_code == 404
+    assert theirs.send(other).status_code < 400  # it was there, and nothing has happened to it
 
 
 def test_a_running_job_of_another_tenant_is_not_cancelled(api: Api) -> None:
@@ -79,18 +69,25 @@ def test_lists_hold_only_ones_own_jobs(api: Api) -> None:
 # ---------------------------------------------------------------------- keys
 
 
-@pytest.mark.parametrize(("method", "path"), NEEDS)
-def test_a_key_with_the_scope_is_needed(api: Api, method: str, path: str, tmp_path: Path) -> None:
-    job_id = api.succeed(tmp_path, {"checkpoint/config.json": b"{}"})
-    path, needed = path.format(job_id=job_id, path="checkpoint/config.json"), NEEDS[method, path]
-    none = api.client.request(method, path)
+@pytest.mark.parametrize("endpoint", CALLS)
+def test_a_key_with_the_scope_is_needed(api: Api, endpoint: str, tmp_path: Path) -> None:
+    (needed,) = [security["API key"] for method, path, operation in operations(api) if f"{method} {path}" == endpoint for security in operation["security"]]
+    call = prepare(api, endpoint, tmp_path)
+    none = api.client.request(call.method, call.path, **call.options)
     assert (none.status_code, none.json()["code"], none.headers["WWW-Authenticate"]) == (401, "key_missing", "Bearer")
-    others = api.new_key([scope for scope in SCOPES if scope not in (needed, "admin")])
-    lacking = api.request(method, path, key=others)
-    assert (lacking.status_code, lacking.json()["code"]) == (403, "scope_missing")
-    assert needed in lacking.json()["detail"]
-    for scope in (needed, "admin"):
-        assert api.request(method, path, key=api.new_key([scope])).status_code not in (401, 403)
+    for scope in SCOPES:
+        if scope not in (*needed, "admin"):
+            lacking = call.send(api, key=api.new_key([scope]))
+            assert (lacking.status_code, lacking.json()["code"]) == (403, "scope_missing"), scope
+            assert needed[0] in lacking.json()["detail"]
+    for sufficient in (needed, ["admin"]):
+        assert prepare(api, endpoint, tmp_path).send(api, key=api.new_key(sufficient)).status_code < 400
+
+
+def test_without_a_key_no_path_is_judged(api: Api) -> None:
+    for method, path, _ in operations(api):
+        if path not in OPEN:
+            assert api.client.request(method, path.format_map(defaultdict(lambda: "x"))).status_code == 401, path
 
 
 def test_an_unauthorised_body_is_not_judged(api: Api) -> None:
@@ -128,16 +125,13 @@ def test_another_secret_is_refused(api: Api) -> None:
     assert api.get("/v1/jobs", key=swapped).status_code == 401
 
 
-def test_a_key_ends_at_once(api: Api) -> None:
-    key_id = "key_" + api.key.split("_")[1]
-    for ending in ({"expires_at": db_now(-1)}, {"expires_at": None, "revoked_at": db_now()}):
+def test_a_key_that_has_ended_is_refused(api: Api) -> None:
+    for ending in ({"expires_at": db_now(-1)}, {"revoked_at": db_now()}):
+        key = api.new_key()
         with api.database.writing() as session:
-            session.execute(update(ApiKey).where(ApiKey.id == key_id).values(ending))
-        answer = api.get("/v1/jobs")
+            session.execute(update(ApiKey).where(ApiKey.id == "key_" + key.split("_")[1]).values(ending))
+        answer = api.get("/v1/jobs", key=key)
         assert (answer.status_code, answer.json()["code"]) == (401, "key_ended")
-    with api.database.writing() as session:
-        session.execute(update(ApiKey).where(ApiKey.id == key_id).values(expires_at=db_now(60), revoked_at=None))
-    assert api.get("/v1/jobs").status_code == 200
 
 
 def test_only_the_hash_of_a_secret_is_stored(api: Api) -> None:
@@ -159,12 +153,12 @@ def test_operators_make_and_end_keys(shared_api: Api, monkeypatch: pytest.Monkey
     assert main(["create-key", "--tenant", "by hand", "--scope", "jobs:read", "--days", "1"]) == 0
     key = capsys.readouterr().out.strip()
     with shared_api.database.reading() as session:
-        assert verify_key(session, key).scopes == {"jobs:read"}
+        assert verify_key(session, key).caller.scopes == {"jobs:read"}
     assert main(["create-key", "--tenant", "by hand"]) == 0
     second = capsys.readouterr().out.strip()
     with shared_api.database.reading() as session:
-        assert verify_key(session, second).tenant_id == verify_key(session, key).tenant_id
-        assert verify_key(session, second).scopes == {*SCOPES} - {"admin"}
+        assert verify_key(session, second).caller.tenant_id == verify_key(session, key).caller.tenant_id
+        assert verify_key(session, second).caller.scopes == {*SCOPES} - {"admin"}
     assert main(["revoke-key", key.split("_")[1]]) == 0
     with shared_api.database.reading() as session, pytest.raises(AuthenticationError):
         verify_key(session, key)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from app.jobs import repository, service
 from app.jobs.lease import LeaseLost, beat, finish
 from app.jobs.schemas import Submission
-from app.models import Job, JobEvent, OutboxMessage, Tenant
+from app.models import Artifact, Job, JobEvent, OutboxMessage, Tenant
 from app.recipe import Recipe
 from app.report import Report
+from tests import jobs
 from tests.app.conftest import RECIPE, Api, insert_jobs
 
 
@@ -34,6 +35,7 @@ def test_three_fields_suffice(api: Api) -> None:
         "self": f"/v1/jobs/{job['id']}",
         "events": f"/v1/jobs/{job['id']}/events",
         "cancel": f"/v1/jobs/{job['id']}/cancel",
+        "retry": None,
         "report": None,
         "artifacts": None,
         "checkpoint": None,
@@ -105,6 +107,10 @@ def test_etag_follows_every_change(api: Api) -> None:
 
 # ---------------------------------------------------------------------- list
 
+BAD_TIMES = [f"created_after={value}" for value in ("1", "2026-11-22", "2026-11-22T00:00:00", "2026-13-01T00:00:00Z", "9999-12-31T23:59:59-01:00", "now")]
+BAD_LABELS = ["metadata=42", "metadata[]=1", "metadata[a]b=1", "metadata[a b]=1", "metadata[a=1", "metadata[a]=1&metadata[a]=2", f"metadata[a]={'x' * 513}"]
+BAD_LABELS.append("&".join(f"metadata[n{number}]=x" for number in range(17)))
+
 
 def walk(api: Api, query: str, limit: int) -> list[str]:
     found: list[str] = []
@@ -150,8 +156,56 @@ def test_filters(api: Api) -> None:
     assert walk(api, "&state=failed", 10) == []
 
 
+def test_jobs_are_found_by_their_metadata(api: Api) -> None:
+    nightly = api.submit(metadata={"run": "42", "team.name": "a b&c=d%"})
+    other = api.submit(metadata={"run": "43"})
+    assert api.get(f"/v1/jobs/{nightly}").json()["metadata"] == {"run": "42", "team.name": "a b&c=d%"}
+    assert api.get(f"/v1/jobs/{api.submit()}").json()["metadata"] == {}
+    assert walk(api, "&metadata[run]=42", 10) == [nightly]
+    assert walk(api, "&metadata%5Brun%5D=43", 10) == [other]
+    assert walk(api, "&metadata[run]=42&metadata[team.name]=a%20b%26c%3Dd%25", 10) == [nightly]
+    assert walk(api, "&metadata[run]=42&metadata[team.name]=x", 10) == []
+    assert walk(api, "&metadata[team]=42", 10) == []
+    assert walk(api.other_tenant(), "&metadata[run]=42", 10) == []
+
+
+def test_jobs_are_found_by_queue_and_time(api: Api) -> None:
+    old, older = insert_jobs(api.database, api.tenant, 2, created_at=datetime(2026, 1, 1, tzinfo=UTC))
+    new = api.submit(queue="large")
+    assert walk(api, "&queue=large", 10) == [new]
+    assert walk(api, "&created_after=2026-01-01T00:00:00Z", 10) == [new]
+    assert walk(api, "&created_after=2025-12-31T23:59:59.999Z", 10) == [new, old, older]
+    assert walk(api, "&created_before=2026-01-01T02:00:00%2B02:00", 10) == []
+    assert walk(api, "&created_before=2026-01-01T02:00:01%2B02:00", 1) == [old, older]
+    assert walk(api, "&created_after=2025-01-01T00:00:00Z&created_before=2026-06-01T00:00:00Z&queue=large", 10) == []
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"": "x"},
+        {"a b": "x"},
+        {"a" * 65: "x"},
+        {"a": "x" * 513},
+        {"a": 1},
+        {"a": None},
+        {"a": "\0"},
+        {"ä": "x"},
+        ["a"],
+        {f"n{number}": "" for number in range(17)},
+    ],
+)
+def test_metadata_have_bounds(api: Api, metadata: Any) -> None:
+    refused = api.post("/v1/jobs", json=RECIPE | {"metadata": metadata})
+    assert refused.status_code == 422
+    assert refused.json()["errors"][0]["pointer"].startswith("/metadata")
+
+
 def test_a_cursor_with_other_filters_is_refused(api: Api) -> None:
     insert_jobs(api.database, api.tenant, 3)
+    for query in ("&queue=default", "&created_after=2026-01-01T00:00:00Z", "&metadata[run]=42"):
+        cursor = api.get("/v1/jobs?limit=1").json()["next"]
+        assert api.get(f"/v1/jobs?limit=1{query}&cursor={cursor}").json()["code"] == "cursor_of_other_filters"
     cursor = api.get("/v1/jobs?limit=1&state=queued&state=running").json()["next"]
     assert api.get(f"/v1/jobs?limit=2&state=running&state=queued&cursor={cursor}").status_code == 200
     refused = api.get(f"/v1/jobs?limit=1&state=queued&cursor={cursor}")
@@ -166,11 +220,26 @@ def test_a_cursor_that_was_never_given_is_refused(api: Api, cursor: str) -> None
     assert (refused.status_code, refused.json()["code"]) == (400, "cursor_invalid")
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "limit=" + "9" * 400, "state=done", "method=x", "model=%00", f"cursor={'A' * 1025}"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0",
+        "limit=101",
+        "limit=x",
+        "limit=" + "9" * 400,
+        "state=done",
+        "method=x",
+        "model=%00",
+        f"cursor={'A' * 1025}",
+        "queue=A%20B",
+        *BAD_TIMES,
+        *BAD_LABELS,
+    ],
+)
 def test_a_bad_query_names_its_parameter(api: Api, query: str) -> None:
     refused = api.get(f"/v1/jobs?{query}")
     assert refused.status_code == 422
-    assert refused.json()["errors"][0]["parameter"].partition(".")[0] == query.partition("=")[0]
+    assert refused.json()["errors"][0]["parameter"].partition(".")[0].partition("[")[0] == query.partition("=")[0].partition("[")[0]
 
 
 def test_a_list_reads_no_reports(api: Api) -> None:
@@ -257,6 +326,97 @@ def test_many_cancels_at_once_cancel_once(api: Api) -> None:
         statuses = sorted(pool.map(lambda _: api.post(f"/v1/jobs/{job_id}/cancel").status_code, range(8)))
     assert statuses == [202, *[409] * 7]
     assert [event["kind"] for event in api.get(f"/v1/jobs/{job_id}/events").json()["items"]] == ["queued", "cancelled"]
+
+
+# --------------------------------------------------------------------- retry
+
+
+def test_a_failed_job_is_tried_again(api: Api) -> None:
+    job_id = api.submit(limits={"max_attempts": 2, "max_pending": 600})
+    api.fail(job_id)
+    failed = api.get(f"/v1/jobs/{job_id}").json()
+    assert failed["links"]["retry"] == f"/v1/jobs/{job_id}/retry"
+    answer = api.post(f"/v1/jobs/{job_id}/retry")
+    job = answer.json()
+    assert (answer.status_code, answer.headers["Location"]) == (202, f"/v1/jobs/{job_id}")
+    assert (job["state"], job["attempt"], job["max_attempts"], job["error"]) == ("queued", 1, 3, None)
+    assert (job["started_at"], job["finished_at"]) == (None, None)
+    assert job == api.get(f"/v1/jobs/{job_id}").json()
+    with api.database.reading() as session:
+        row = session.get_one(Job, job_id)
+        assert (row.ran_seconds, row.claimed_at, row.cancel_requested_at) == (0, None, None)
+        assert row.start_by is not None
+        assert row.start_by > datetime.now(UTC) + timedelta(minutes=9)
+    jobs.wait_until(lambda: jobs.get(api.database, job_id).published_at, what="its message")
+    refused = api.post(f"/v1/jobs/{job_id}/retry")
+    assert (refused.status_code, refused.json()["code"]) == (409, "job_not_retryable")
+    lease = api.start(job_id)
+    assert (lease.attempt, lease.max_attempts, lease.token) == (2, 3, 2)
+    kinds = [event["kind"] for event in api.get(f"/v1/jobs/{job_id}/events").json()["items"]]
+    assert kinds == ["queued", "claimed", "failed", "retried", "claimed"]
+
+
+def test_a_cancelled_job_is_tried_again_once(api: Api) -> None:
+    job_id = api.submit()
+    api.post(f"/v1/jobs/{job_id}/cancel")
+    with ThreadPoolExecutor(8) as pool:
+        statuses = sorted(pool.map(lambda _: api.post(f"/v1/jobs/{job_id}/retry").status_code, range(8)))
+    assert statuses == [202, *[409] * 7]
+    assert [event["kind"] for event in api.get(f"/v1/jobs/{job_id}/events").json()["items"]] == ["queued", "cancelled", "retried"]
+    lease = api.start(job_id)
+    with api.database.writing() as session:
+        assert beat(session, lease, 45) is False, "the cancel of before is over"
+
+
+def test_a_retry_counts_as_a_submission(api: Api) -> None:
+    job_id, _ = api.submit(), api.submit()
+    api.fail(job_id)
+    with api.database.writing() as session:
+        session.execute(update(Tenant).where(Tenant.name == api.tenant).values(max_queued=1))
+    refused = api.post(f"/v1/jobs/{job_id}/retry")
+    assert (refused.status_code, refused.json()["code"]) == (429, "too_many_queued")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert api.get(f"/v1/jobs/{job_id}").json()["state"] == "failed"
+
+
+def test_a_job_that_succeeded_is_not_tried_again(api: Api, tmp_path: Path) -> None:
+    job_id = api.succeed(tmp_path, {})
+    assert api.post(f"/v1/jobs/{job_id}/retry").json()["code"] == "job_not_retryable"
+    assert api.post(f"/v1/jobs/{api.submit()}/retry").json()["code"] == "job_not_retryable"
+    assert api.other_tenant().post(f"/v1/jobs/{job_id}/retry").json()["code"] == "job_not_found"
+
+
+# -------------------------------------------------------------------- delete
+
+
+def test_a_finished_job_is_deleted_with_all_that_came_of_it(api: Api, tmp_path: Path) -> None:
+    job_id, kept = (api.succeed(tmp_path, {"report.json": b"{}", "checkpoint/model.safetensors": b"weights"}) for _ in range(2))
+    with api.database.reading() as session:
+        prefix = session.get_one(Job, job_id).artifact_prefix
+    assert prefix is not None
+    assert len(api.store.entries(prefix)) == 2
+    assert api.other_tenant().request("DELETE", f"/v1/jobs/{job_id}").status_code == 404
+    answer = api.request("DELETE", f"/v1/jobs/{job_id}")
+    assert (answer.status_code, answer.content) == (204, b"")
+    for path in ("", "/events", "/report", "/artifacts", "/checkpoint"):
+        assert api.get(f"/v1/jobs/{job_id}{path}").json()["code"] == "job_not_found"
+    assert api.request("DELETE", f"/v1/jobs/{job_id}").json()["code"] == "job_not_found"
+    with api.database.reading() as session:
+        for table in (JobEvent, OutboxMessage, Artifact):
+            assert session.scalar(select(func.count()).where(table.job_id == job_id)) == 0
+    assert api.store.entries(prefix) == []
+    assert api.get(f"/v1/jobs/{kept}/artifacts/checkpoint/model.safetensors").content == b"weights"
+
+
+def test_a_job_that_goes_on_is_not_deleted(api: Api) -> None:
+    job_id = api.submit()
+    for _ in range(2):
+        refused = api.request("DELETE", f"/v1/jobs/{job_id}")
+        assert (refused.status_code, refused.json()["code"]) == (409, "job_not_finished")
+        assert f"/v1/jobs/{job_id}/cancel" in refused.json()["hint"]
+        api.start(job_id) if api.get(f"/v1/jobs/{job_id}").json()["state"] == "queued" else None
+    api.post(f"/v1/jobs/{job_id}/cancel")
+    assert api.request("DELETE", f"/v1/jobs/{job_id}").status_code == 409
 
 
 # -------------------------------------------------------------------- result

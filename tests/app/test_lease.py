@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter
@@ -267,11 +268,15 @@ def test_stale_means_published_long_ago_and_not_in_the_outbox(database: Database
         assert sorted(message.job_id for message in leases.take_outbox(session, 10)) == sorted([waiting, published])
 
 
-def test_which_jobs_are_over(database: Database) -> None:
-    queued, ended = jobs.submit(database), jobs.submit(database)
+def test_for_how_long_jobs_are_over(database: Database) -> None:
+    queued, ended, done = jobs.submit(database), jobs.submit(database), jobs.submit(database)
     jobs.cancel(database, ended)
+    with database.writing() as session:
+        session.execute(update(Job).where(Job.id == ended).values(finished_at=db_now(-100)))
+        session.execute(update(Job).where(Job.id == done).values(state="succeeded", finished_at=db_now()))
     with database.reading() as session:
-        assert leases.finished_jobs(session, [queued, ended, "job_0"]) == {ended, "job_0"}
+        over = leases.seconds_over(session, [queued, ended, done, "job_0"])
+    assert over == {ended: pytest.approx(100, abs=10), done: math.inf, "job_0": math.inf}
 
 
 # --------------------------------------------------------------- whose turn it is

@@ -252,6 +252,19 @@ def test_only_what_no_job_has_use_for_is_deleted(service: Service) -> None:
     service.store.delete_prefix("tenant_of_another_service/")
 
 
+def test_what_a_retry_goes_on_from_is_kept_for_its_time(service: Service) -> None:
+    failed = service.start()
+    service.put(f"{failed.resume_prefix}1/manifest.json")
+    service.put(f"{failed.artifact_prefix}checkpoint/x")
+    with service.database.writing() as session:
+        finish(session, failed, "failed", error={"code": "x", "message": "x", "hint": ""})
+        session.execute(update(Job).values(finished_at=db_now(-100)))
+    service.tidy(keep_work_seconds=1000)
+    assert service.stored() == {f"{failed.job_id}/resume/1/manifest.json"}
+    service.tidy(keep_work_seconds=50)
+    assert service.stored() == set()
+
+
 def test_an_upload_that_was_killed_is_cleaned_up(service: Service) -> None:
     lease = service.start()
     out = service.settings.home / "out"

@@ -83,7 +83,7 @@ def test_a_job_from_end_to_end(tmp_path: Path) -> None:
 def test_children_come_back_and_the_key_is_shown_once(tmp_path: Path) -> None:
     with serving(tmp_path) as running:
         assert running.key is not None
-        for module in ("celery", "uvicorn"):
+        for module in ("celery", "uvicorn", "app.exporter"):
             first = running.child(module)
             assert first is not None
             first.kill()

@@ -128,6 +128,7 @@ def service(tmp_path: Path, servers: dict[str, str], lease: dict[str, str], monk
     models.mkdir()
     home.mkdir()
     chosen = {"ESPALIER_HOME": str(home), "ESPALIER_MODEL_ROOTS": json.dumps([str(models)]), "ESPALIER_HUB": "false", "ESPALIER_CANCEL_GRACE_SECONDS": "2"}
+    chosen |= {"ESPALIER_KEEP_WORK_SECONDS": "0"}
     chosen |= servers | lease | {"OMP_NUM_THREADS": "1"}
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)

@@ -71,7 +71,7 @@ def flip_a_byte(file: Path) -> None:
 
 def start_fetch(hub: Hub, tmp_path: Path, result: str = "model.json") -> subprocess.Popen[bytes]:
     environment = hub.environment | {"ESPALIER_HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
-    return subprocess.Popen([sys.executable, "-m", "worker.fetch", "org/tiny", str(tmp_path / result)], env=environment, stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-m", "worker.fetch", "org/tiny", str(tmp_path / result), "tenant_1"], env=environment, stdout=subprocess.DEVNULL)
 
 
 def has_sent(hub: Hub, least: float) -> bool:

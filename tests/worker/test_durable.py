@@ -141,7 +141,7 @@ def test_a_damaged_state_is_refused_and_the_job_starts_anew(store: Store, folder
     key, changed = f"{PREFIX}1/objects/{manifest['work/shard.0']}", tmp_path / "changed"
     match damage:
         case "flip":
-            store.get_file(key, changed)
+            store.get_file(changed, key)
             changed.write_bytes(changed.read_bytes()[:-1] + bytes([changed.read_bytes()[-1] ^ 1]))
             store.put_file(key, changed)
         case "missing object":

@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 
 from app.exceptions import RecipeError
+from app.models import Checkpoint
 from app.settings import Settings
 from app.source import find_stored, read_source
 from app.storage import Store, open_store
 from tests import jobs
+from tests.checkpoints import store_checkpoint
 from tests.hub import FIRST, SECOND, Hub, running_hub
 from tests.models import make_checkpoint, write_json
 from tests.servers import S3
 from worker import cache
 from worker.announce import describe
-from worker.cache import RemoteFile
 from worker.fetch import in_bucket, in_store
 from worker.locks import take
-from worker.state import sha256_of
 from worker.tasks import run_next
 
 
@@ -55,7 +55,7 @@ def hub(checkpoint: Path, tmp_path: Path) -> Iterator[Hub]:
 
 
 def fetch(environment: dict[str, str], tmp_path: Path, model: str) -> tuple[int, list[dict[str, str]]]:
-    command = [sys.executable, "-m", "worker.fetch", model, str(tmp_path / "model.json")]
+    command = [sys.executable, "-m", "worker.fetch", model, str(tmp_path / "model.json"), "tenant_1"]
     environment = environment | {"ESPALIER_HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hf")}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode in (0, 2), ended.stderr
@@ -215,14 +215,31 @@ def test_a_model_that_changes_while_it_is_fetched_is_not_used(s3: S3, checkpoint
     assert not list((tmp_path / "models").rglob("*.safetensors"))
 
 
-def test_a_stored_checkpoint_is_fetched_by_its_hashes(s3: S3, checkpoint: Path, tmp_path: Path) -> None:
-    store = open_store(settings_for(s3, tmp_path))
-    put(store, f"tenant/{tmp_path.name}", checkpoint)
-    files = {path.name: RemoteFile(path.stat().st_size, sha256_of(path)) for path in checkpoint.iterdir()}
-    folder = cache.fill(tmp_path / "models", 0, in_store("checkpoint_1", store, f"tenant/{tmp_path.name}/", files), lambda message: None)
-    assert same_files(folder, checkpoint)
-    assert read_source(folder).model_type == "llama"
+@pytest.mark.parametrize("where", ["directory", "bucket"])
+def test_an_uploaded_checkpoint_is_fetched_by_its_hashes(where: str, request: pytest.FixtureRequest, checkpoint: Path, tmp_path: Path) -> None:
+    environment = {"ESPALIER_UPLOAD_PART_BYTES": str(2**16), "ESPALIER_HOME": str(tmp_path / "home")}
+    if where == "bucket":
+        environment |= request.getfixturevalue("s3").environment
+    settings = Settings.model_validate({name.removeprefix("ESPALIER_").lower(): value for name, value in environment.items()})
+    database = jobs.open_database(settings.database_url.get_secret_value())
+    store = open_store(settings)
+    checkpoint_id = store_checkpoint(database, store, settings, jobs.TENANT, checkpoint)
+    code, events = fetch(environment, tmp_path, checkpoint_id)
+    assert code == 0, events
+    first = answer(tmp_path)
+    assert same_files(Path(first["folder"]), checkpoint)
+    assert read_source(Path(first["folder"])).model_type == "llama"
+    with database.reading() as session:
+        assert first["revision"] == session.get_one(Checkpoint, checkpoint_id).sha256
 
-    files["config.json"] = RemoteFile(files["config.json"].bytes, "0" * 64)
+    key = next(entry.key for entry in store.entries(f"{jobs.TENANT}/checkpoints/{checkpoint_id}/") if "/config.json." in entry.key)
+    changed = tmp_path / "config.json"
+    changed.write_bytes(bytes(store.size(key)))
+    store.put_file(key, changed)
+    assert fetch(environment, tmp_path, checkpoint_id)[0] == 0  # from the cache
     with pytest.raises(OSError, match=r"did not arrive whole: config\.json"):
-        cache.fill(tmp_path / "models", 0, in_store("checkpoint_1", store, f"tenant/{tmp_path.name}/", files), lambda message: None)
+        cache.fill(tmp_path / "others", 0, in_store(checkpoint_id, jobs.TENANT, settings), lambda message: None)
+    jobs.add_tenant(database, "other")
+    with pytest.raises(RecipeError, match="There is no checkpoint"):
+        in_store(checkpoint_id, "tenant_other", settings)
+    database.dispose()

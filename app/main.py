@@ -109,12 +109,22 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     schema = FastAPI.openapi(app)
     for path in schema["paths"].values():
         for operation in path.values():
+            for parameter in operation.get("parameters", ()):
+                _drop_null(parameter["schema"])
             if operation.get("security"):
                 _describe_limits(operation)
             for status, response in operation["responses"].items():
                 if status >= "400" and "content" in response:
                     response["content"] = {problems.MEDIA_TYPE: response["content"].pop("application/json")}
     return schema
+
+
+def _drop_null(schema: dict[str, Any]) -> None:
+    """A parameter may be left out, but there is no text that means null."""
+    match schema.get("anyOf"):
+        case [kind, {"type": "null"}]:
+            del schema["anyOf"]
+            schema |= kind
 
 
 def _describe_limits(operation: dict[str, Any]) -> None:

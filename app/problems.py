@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app.exceptions import AuthenticationError, EspalierError, UnavailableError
 
@@ -22,6 +23,7 @@ MEDIA_TYPE = "application/problem+json"
 RETRY_SECONDS = 5
 MAX_MESSAGE_LENGTH = 500  # a message may quote what was sent
 MAX_ERRORS = 50
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 HTTP_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 logger = structlog.get_logger(__name__)
@@ -104,10 +106,18 @@ async def _espalier_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     status = error.status_code
+    allowed = _methods_here(request) if status == 405 else ""
     code = HTTP_CODES.get(status, "http_error")
     detail = f"There is no {request.scope['path']}." if status == 404 else f"{error.detail}."
-    hint = {404: "See /docs for what there is.", 405: f"Allowed here: {(error.headers or {}).get('Allow', '')}."}.get(status, "")
-    return respond(request.scope, status, code, http.HTTPStatus(status).phrase, detail, hint=hint, headers=error.headers)
+    hint = {404: "See /docs for what there is.", 405: f"Allowed here: {allowed}."}.get(status, "")
+    headers = {"Allow": allowed} if allowed else error.headers
+    return respond(request.scope, status, code, http.HTTPStatus(status).phrase, detail, hint=hint, headers=headers)
+
+
+def _methods_here(request: Request) -> str:
+    """What the path can be called with; FastAPI itself tells the methods of the first endpoint alone."""
+    routes = request.app.routes
+    return ", ".join(method for method in METHODS if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes))
 
 
 async def _database_error(request: Request, error: Exception) -> Response:

@@ -1,10 +1,14 @@
-"""What all parts of a recipe are made of."""
+"""What requests are made of: nothing that is unknown, nothing that is guessed."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict
+
+RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
 class Strict(BaseModel):
@@ -14,3 +18,19 @@ class Strict(BaseModel):
 def expand_name(value: Any) -> Any:
     """The long form of a name that stands for an object with defaults."""
     return {"name": value} if isinstance(value, str) else value
+
+
+def _written_as_time(value: Any) -> Any:
+    if not RFC_3339.fullmatch(str(value)):
+        raise ValueError("it must be a time as of RFC 3339, with its zone")
+    return value
+
+
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("it must be a time that exists in UTC") from None
+
+
+Time = Annotated[AwareDatetime, BeforeValidator(_written_as_time), AfterValidator(_in_utc)]

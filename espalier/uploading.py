@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from espalier.answers import Checkpoint, CheckpointFile
+
 KINDS = (".safetensors", ".json", ".txt", ".model", ".jinja")
 CHUNK_BYTES = 2**20  # that are read and sent at once
 
@@ -18,35 +20,6 @@ class DeclaredFile(TypedDict):
     path: str
     bytes: int
     sha256: str
-
-
-class CheckpointFile(DeclaredFile):
-    missing: list[int]
-
-
-class CheckpointError(TypedDict):
-    code: str
-    message: str
-    hint: str
-
-
-class CheckpointSummary(TypedDict):
-    id: str
-    name: str
-    state: str
-    bytes: int
-    part_bytes: int
-    sha256: str | None
-    error: CheckpointError | None
-    created_at: str
-    updated_at: str
-    completed_at: str | None
-
-
-class Checkpoint(CheckpointSummary):
-    """An uploaded checkpoint as the service tells it; times are RFC 3339 in UTC."""
-
-    files: list[CheckpointFile]
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self._path().removeprefix("/api/models/").partition("/revision/")[0]
-        repository = self.server.hub.repositories[name]
-        self._answer({"id": name, "sha": _commit(repository), "siblings": [{"rfilename": path} for path in repository.files]})
+        repository = self.server.hub.repositories.get(name)
+        if repository is None:
+            return self._answer({"error": "Repository not found"}, 404)
+        return self._answer({"id": name, "sha": _commit(repository), "siblings": [{"rfilename": path} for path in repository.files]})
 
     def do_POST(self) -> None:
         path, hub = self._path(), self.server.hub

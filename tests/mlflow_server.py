@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,4 +57,6 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     try:
         yield url
     finally:
+        assert server.process is not None
+        os.killpg(server.process.pid, signal.SIGKILL)  # asked to end, it waits, and leaves its own children
         server.stop()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import AwareDatetime
 
 from app.audit import repository
 from app.audit.repository import AuditFilter
@@ -14,6 +13,7 @@ from app.auth import Admin
 from app.dependencies import OpenDatabase
 from app.paging import make_cursor, no_cursor, read_cursor
 from app.problems import declared
+from app.strict import Time
 
 MAX_DIGITS = 18  # of an entry's number
 
@@ -28,8 +28,8 @@ def list_audit(
     action: Annotated[Text, Query(description="Only this action, e.g. `job.submit`.")] = None,
     target: Annotated[Text, Query(description="Only what was done to this id.")] = None,
     key_id: Annotated[Text, Query(description="Only what was done with this key, named by its id, or by `operator`.")] = None,
-    created_after: Annotated[AwareDatetime | None, Query(description="Only entries of this moment (RFC 3339) or later.")] = None,
-    created_before: Annotated[AwareDatetime | None, Query(description="Only entries from before this moment (RFC 3339).")] = None,
+    created_after: Annotated[Time | None, Query(description="Only entries of this moment (RFC 3339) or later.")] = None,
+    created_before: Annotated[Time | None, Query(description="Only entries from before this moment (RFC 3339).")] = None,
     cursor: Annotated[str | None, Query(max_length=1024, description="`next` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Most items of a page.")] = 20,
 ) -> EntryPage:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mimetypes
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
 from fastapi.sse import EventSourceResponse
-from pydantic import AfterValidator, AwareDatetime, BeforeValidator, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -40,12 +39,12 @@ from app.problems import declared
 from app.recipe import MethodName
 from app.report import Report
 from app.settings import QUEUE
+from app.strict import Time
 
 POLL_SECONDS = 2
 MAX_WAIT_SECONDS = 60
 MAX_SEQUENCE = 2**31 - 1
 JOB_ID = re.compile(r"job_[0-9a-f]{32}")
-RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 EVENT_STREAM = "text/event-stream"
 
 log = structlog.get_logger(__name__)
@@ -98,20 +97,6 @@ async def _streamed_job(request: Request, job_id: JobId, caller: JobReader, news
         yield watched
 
 
-def _written_as_time(value: Any) -> Any:
-    if not RFC_3339.fullmatch(str(value)):
-        raise ValueError("it must be a time as of RFC 3339, with its zone")
-    return value
-
-
-def _in_utc(value: datetime) -> datetime:
-    try:
-        return value.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("it must be a time that exists in UTC") from None
-
-
-Time = Annotated[AwareDatetime, BeforeValidator(_written_as_time), AfterValidator(_in_utc)]
 LABELS: TypeAdapter[dict[str, str]] = TypeAdapter(Labels)
 LABELS_PARAMETER = {
     "name": "metadata",

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, bindparam, case, delete, exists, func, insert, literal, select, tuple_, update
-from sqlalchemy.orm import Session, defer
+from sqlalchemy.orm import Session, defer, joinedload
 from uuid_utils import uuid7
 
 from app import telemetry, totals
@@ -120,8 +120,9 @@ def insert_event(session: Session, job_id: str, tenant_id: str, queue: str, sequ
 
 
 def find_job(session: Session, tenant_id: str, job_id: str) -> Job | None:
-    """A job without its report, which is long."""
-    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(defer(Job.report, raiseload=True)))
+    """A job without its report, which is long, and with its sinks by the same query."""
+    found = select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(defer(Job.report, raiseload=True), joinedload(Job.sinks))
+    return session.scalars(found).unique().one_or_none()
 
 
 def find_report(session: Session, tenant_id: str, job_id: str) -> dict[str, Any] | None:

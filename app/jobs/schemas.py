@@ -19,7 +19,7 @@ from app.webhooks.schemas import WEBHOOK_ID
 MAX_LABELS = 16
 LabelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 LabelValue = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\x00]*$")]
-Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=MAX_LABELS)]
+Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=MAX_LABELS, json_schema_extra={"additionalProperties": False})]
 State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 
 

@@ -36,9 +36,8 @@ def try_again(database: Database, settings: Settings, job_id: str) -> None:
         retry(session, jobs.TENANT, job_id, settings)
 
 
-@pytest.mark.parametrize("resume", ["local", "durable"])
-def test_a_job_whose_engine_was_killed_goes_on_at_its_block(resume: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once on the same worker, once on one that has only what was stored."""
+def test_a_job_whose_engine_was_killed_goes_on_at_its_block(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a worker that has only what was stored."""
     chosen = {"ESPALIER_HOME": str(tmp_path / "home"), "ESPALIER_RESUME_PUSH_SECONDS": "0"}
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
@@ -48,7 +47,7 @@ def test_a_job_whose_engine_was_killed_goes_on_at_its_block(resume: str, inputs:
         "sparsity": 0.4,
         "restoration": "least_squares",
         "calibration": {"source": "mine.txt", "samples": 32, "sequence_length": 128},
-        "limits": {"max_attempts": 1, "resume": resume},
+        "limits": {"max_attempts": 1, "resume": "durable"},
     }
     database = jobs.open_database(settings.database_url.get_secret_value())
     worker = describe(settings)
@@ -60,8 +59,7 @@ def test_a_job_whose_engine_was_killed_goes_on_at_its_block(resume: str, inputs:
     failed = jobs.get(database, job_id)
     assert (failed.state, (failed.error or {})["code"], failed.attempt) == ("failed", "worker_lost", 1), jobs.messages(database, job_id)
     assert (settings.work_dir / job_id / "work" / "state.json").exists()
-    if resume == "durable":
-        shutil.rmtree(settings.work_dir)
+    shutil.rmtree(settings.work_dir)
     try_again(database, settings, job_id)
     run_next(worker, settings, database)
     job = jobs.get(database, job_id)

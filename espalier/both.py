@@ -134,7 +134,7 @@ class Operation(Generic[P, T]):
 
     def __init__(self, function: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> None:
         self._function = function
-        functools.update_wrapper(self, function)
+        self.__doc__ = function.__doc__
 
     @overload
     def __get__(self, client: None, owner: type) -> Self: ...
@@ -154,7 +154,7 @@ class Iteration(Generic[P, T]):
 
     def __init__(self, function: Callable[Concatenate[Any, P], AsyncIterator[T]]) -> None:
         self._function = function
-        functools.update_wrapper(self, function)
+        self.__doc__ = function.__doc__
 
     @overload
     def __get__(self, client: None, owner: type) -> Self: ...
@@ -171,7 +171,8 @@ class Iteration(Generic[P, T]):
 
 def _blocking(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return _finish(method(*args, **kwargs))
+        result: T = _finish(method(*args, **kwargs))
+        return result
 
     return call
 

@@ -65,7 +65,11 @@ class Target:
             return
         self.part.unlink()
         name = f"'{self.artifact['path']}' of {job_id}"
-        told = f"came with {size} bytes, the manifest says {wanted}" if size != wanted else f"is damaged: its sha256 is {found}, the manifest says {self.artifact['sha256']}"
+        told = (
+            f"came with {size} bytes, the manifest says {wanted}"
+            if size != wanted
+            else f"is damaged: its sha256 is {found}, the manifest says {self.artifact['sha256']}"
+        )
         raise DownloadError(f"{name} {told}. What was fetched of it is deleted; download again.")
 
 

@@ -12,7 +12,7 @@ import httpx
 
 from espalier.errors import ApiError, ClientError, UnreachableError
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.25, 8.0, 60.0
 MAY_PASS = (429, 502, 503, 504)
@@ -24,12 +24,12 @@ def _json(response: httpx.Response) -> Any:
 
 
 @dataclass(frozen=True)
-class Call(Generic[T]):
+class Call(Generic[T_co]):
     """A request, and what to make of its answer."""
 
     method: str
     path: str
-    parse: Callable[[httpx.Response], T] = _json
+    parse: Callable[[httpx.Response], T_co] = _json
     params: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     json: Any = None
@@ -48,14 +48,14 @@ def worth_another_try(call: Call[Any], failure: httpx.TransportError | ApiError)
         return call.repeatable or isinstance(failure, NOT_SENT)
     if failure.code == "idempotency_key_in_flight":
         return True
-    if failure.code == "too_many_streams" and call.waits:
+    if failure.code == "too_many_streams" and "wait" in call.params:
         return False  # who waits may ask without waiting
     return failure.status == 429 or (call.repeatable and failure.status in MAY_PASS)
 
 
 def pause_before_try(tries: int, retry_after: float | None, luck: float) -> float:
     """Seconds after so many tries: a quarter, doubled with each up to 8, of which `luck` (0 to 1) decides half; beside what the service asks for."""
-    backoff = min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)
+    backoff: float = min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)
     return (retry_after or 0.0) + backoff * (0.5 + luck / 2)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from espalier.client import ApiError, Artifact, DownloadError, UnreachableError
+from espalier.answers import ArtifactFile as Artifact
+from espalier.errors import ApiError, DownloadError, UnreachableError
 from tests.espalier.conftest import Service, running_service
 from tests.espalier.proxy import proxy
 from tests.servers import S3

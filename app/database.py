@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -11,13 +13,17 @@ from typing import Any
 from sqlalchemy import JSON, DateTime, Dialect, Engine, Float, MetaData, create_engine, event
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import Connection, make_url
+from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import TypeDecorator
+
+TRUSTED_SECONDS = 1.0  # for which a connection that was in use is taken to be alive
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -99,7 +105,7 @@ def make_engine(url: str) -> Engine:
     if make_url(url).get_backend_name() != "sqlite":
         # A process that was stopped in the middle of a transaction must not keep its locks from the others for ever.
         options = {"connect_timeout": 5, "tcp_user_timeout": 15_000, "options": "-c idle_in_transaction_session_timeout=60s"}
-        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20, pool_timeout=5, connect_args=options)
+        return _checked(create_engine(url, pool_size=10, max_overflow=20, pool_timeout=5, connect_args=options))
     database = make_url(url).database
     if database:
         Path(database).parent.mkdir(parents=True, exist_ok=True)
@@ -121,13 +127,33 @@ def make_engine(url: str) -> Engine:
     return engine
 
 
+def _checked(engine: Engine) -> Engine:
+    """Have the server answer on a connection that has rested before it is used again. `pool_pre_ping` asks every time, which a short query pays for twice."""
+
+    @event.listens_for(engine, "checkin")
+    def _note(connection: Any, record: ConnectionPoolEntry) -> None:
+        record.info["rests_since"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def _ask(connection: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
+        if time.monotonic() - record.info.get("rests_since", -math.inf) < TRUSTED_SECONDS:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise InvalidatePoolError from error  # the pool makes others
+
+    return engine
+
+
 class Database:
-    """Sessions of one engine: `reading()` takes no write lock, `writing()` commits at its end."""
+    """Sessions of one engine: `reading()` takes no write lock and sees with each query what is committed then, `writing()` commits at its end."""
 
     def __init__(self, url: str) -> None:
         self.engine = make_engine(url)
         self._writers = sessionmaker(self.engine, expire_on_commit=False)
-        self._readers = sessionmaker(self.engine.execution_options(reads_only=True), expire_on_commit=False)
+        alone = {"isolation_level": "AUTOCOMMIT"} if self.engine.dialect.name == "postgresql" else {}  # no BEGIN and ROLLBACK around a query
+        self._readers = sessionmaker(self.engine.execution_options(reads_only=True, **alone), expire_on_commit=False)
 
     @contextmanager
     def reading(self) -> Iterator[Session]:

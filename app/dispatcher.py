@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 import structlog
@@ -40,6 +41,7 @@ class Dispatcher:
         self._database = database
         self._settings = settings
         self._stopping = threading.Event()
+        self._stale_at = 0.0  # when to look for what the broker lost
         steps = {self._reap: threading.Event(), self._reach_broker: _wake}
         self._alarms = list(steps.values())
         self._threads = [threading.Thread(target=self._run, args=step, name=f"dispatcher {step[0].__name__}", daemon=True) for step in steps.items()]
@@ -71,6 +73,7 @@ class Dispatcher:
 
     def sweep(self) -> bool:
         """Each step once; whether all of it succeeded."""
+        self._stale_at = 0.0
         return all([self._try(self._reap), self._try(self._reach_broker)])
 
     def _try(self, step: Callable[[], None]) -> bool:
@@ -95,7 +98,9 @@ class Dispatcher:
                 return
 
     def _reach_broker(self) -> None:
-        self._publish_stale()
+        if time.monotonic() >= self._stale_at:  # not at each submission
+            self._publish_stale()
+            self._stale_at = time.monotonic() + self._settings.sweep_seconds
         self._publish()
 
     def _publish_stale(self) -> None:

@@ -98,6 +98,7 @@ def make_probe(database: Database, settings: Settings) -> Probe[list[Metric]]:
 def _collect(database: Database, settings: Settings) -> list[Metric]:
     with database.reading() as session:
         if session.get_bind().dialect.name == "postgresql":
+            session.connection(execution_options={"isolation_level": "READ COMMITTED"})  # a transaction, to whose end SET LOCAL holds
             session.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_SECONDS}s'"))
         return [*_of_queues(session, settings), *_of_outbox(session), *_of_workers(session, settings), *_of_totals(session, settings)]
 

@@ -127,6 +127,7 @@ class Perp(Training):
     train: Annotated[tuple[PerpPart, ...], BeforeValidator(_expand_parts, json_schema_input_type=PerpPreset | list[PerpPart])] = Field(
         PERP_PRESETS["published"],
         min_length=1,
+        strict=False,
         description="What is trained: any of `biases` (where the model has them), `norms`, `head` (by an adapter; one that is tied to the embedding becomes a matrix of "
         "its own) and `adapters` of all linears of the decoder blocks; or a preset. `published` is all but the head.",
     )

@@ -58,6 +58,7 @@ class Settings(BaseSettings):
     rate_refused: str = Field("300/minute", pattern=RATE, description="Calls of one client address with a key that is refused. Empty: no limit.")
     header_seconds: float = Field(10, gt=0, description="Seconds that a client may take to send the head of a request.")
     body_seconds: float = Field(300, gt=0, description="Seconds that a client may take to send the body of a request.")
+    docs: bool = Field(True, description="Whether the API's pages `/docs` and `/openapi.json` are served.")
     cors_origins: tuple[str, ...] = Field((), description="Origins of web pages that may call the API, as a JSON list.")
 
     model_roots: tuple[Path, ...] = Field((), description="Directories, as a JSON list; jobs may name the checkpoints below them by path.")
@@ -80,7 +81,10 @@ class Settings(BaseSettings):
     orphan_seconds: float = Field(3600, ge=0, description="Age, in seconds, below which a stored file that belongs to no job is left alone.")
 
     upload_part_bytes: int = Field(
-        64 * 2**20, ge=2**16, le=MAX_PART_BYTES, description="Bytes of the parts in which checkpoints are uploaded. Uploads that have begun keep the size of before."
+        64 * 2**20,
+        ge=2**16,
+        le=MAX_PART_BYTES,
+        description="Bytes of the parts in which checkpoints are uploaded. Uploads that have begun keep the size of before.",
     )
     upload_days: float = Field(2, gt=0, description="Days without a new part after which an upload is given up and what came of it is deleted.")
     max_checkpoint_bytes: int = Field(500_000_000_000, ge=1, description="Bytes that one uploaded checkpoint may have.")

@@ -360,7 +360,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             raise broken("its header is longer than the file")
         header = stream.read(length)
     try:
-        described = json.loads(header)
+        described = json.loads(header.decode(), object_pairs_hook=_each_once)  # from bytes it would take UTF-16, which safetensors does not
         described.pop("__metadata__", None)
         spans = [(*_span(entry["data_offsets"]), name, entry["dtype"], _whole_numbers(entry["shape"])) for name, entry in described.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -368,6 +368,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     expected = 0
     for begin, end, name, dtype, shape in sorted(spans, key=lambda span: span[:2]):
+        if not name.isprintable():
+            raise broken("the name of a tensor holds characters that can't be shown")
         if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             raise broken(f"the tensor {name[:100]} is of the unknown type {str(dtype)[:20]}")
         if begin != expected or end - begin != ITEM_BYTES[dtype] * math.prod(shape):
@@ -377,6 +379,14 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     if 8 + length + expected != size:
         raise broken(f"it has {size} bytes and should have {8 + length + expected}")
     return entries
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Two readers of a file must not see two different tensors."""
+    described = dict(pairs)
+    if len(described) < len(pairs):
+        raise ValueError("a name is there twice")
+    return described
 
 
 def _span(value: Any) -> tuple[int, int]:

@@ -70,7 +70,7 @@ class Operations:
     """What both clients can do. Without arguments, `ESPALIER_URL` and `ESPALIER_API_KEY` say where the service is and who asks.
 
     timeout: seconds until a silent connection counts as broken. patience: seconds of outage that a call survives, where it may be sent again; calls that take
-    long have their own.
+    long have their own for what comes after the first answer.
     """
 
     _wires: ClassVar[type[BlockingWire] | type[AwaitingWire]]
@@ -145,15 +145,20 @@ class Operations:
     @Iteration
     async def stream(self, job_id: str, *, after: int = 0, patience: float = 60) -> AsyncIterator[Event]:
         """The events of a job above `after`, then each as it happens, until it has finished. A stream that is cut goes on where it was, none lost or doubled."""
-        outage = Outage(patience)
+        outage, begun = Outage(patience), False
         while True:
             headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
-            response = await self._open(Call("GET", _path("jobs", job_id, "events"), headers=headers, waits=SILENCE_SECONDS - self._timeout), patience)
+            response = await self._open(
+                Call("GET", _path("jobs", job_id, "events"), headers=headers, waits=SILENCE_SECONDS - self._timeout), patience if begun else None
+            )
+            begun = True
             cut = UnreachableError(f"The events of {job_id} stopped coming from {self.url}.")
             try:
                 async for message in self._wire.messages(response):
                     if message.event == "end":
                         return
+                    if not message.data:  # how long to wait before connecting again
+                        continue
                     event: Event = message.json()
                     after, outage = event["sequence"], Outage(patience)
                     yield event
@@ -185,7 +190,7 @@ class Operations:
             if standing is not None and not seconds:
                 await self._wire.sleep(min(left, retry_after(standing) or POLL_SECONDS))
             try:
-                answer = await self._answer(_standing(job_id, standing, seconds), patience)
+                answer = await self._answer(_standing(job_id, standing, seconds), None if standing is None else patience)
             except ApiError as error:
                 if error.code != "too_many_streams":
                     raise
@@ -257,7 +262,7 @@ class Operations:
         What an earlier call left unfinished is continued, unless `resume` is False; what is there already and right is kept. `on_bytes` is told how far each
         file is. Outages of up to `patience` seconds are survived. Raises DownloadError for a file whose bytes are not those of the manifest.
         """
-        wanted = targets(folder, await self._send(_manifest(job_id), patience), roles)
+        wanted = targets(folder, await self._send(_manifest(job_id)), roles)
         return [await self._download_file(job_id, target, resume, on_bytes or _ignore, patience) for target in wanted]
 
     async def _download_file(self, job_id: str, target: Target, resume: bool, on_bytes: Callable[[ArtifactFile, int], None], patience: float) -> Downloaded:
@@ -345,7 +350,7 @@ class Operations:
 
     async def _begun(self, name: str, files: Sequence[DeclaredFile], patience: float) -> Checkpoint | None:
         states = ("uploading", "verifying", "ready")
-        async for summary in self._pages("/v1/checkpoints", {"name": name, "state": states}, 50, patience):
+        async for summary in self._pages("/v1/checkpoints", {"name": name, "state": states}, 50):
             if summary["bytes"] == sum(file["bytes"] for file in files):
                 checkpoint = await self._send(Call[Checkpoint]("GET", _path("checkpoints", summary["id"])), patience)
                 if uploading.is_same(checkpoint, files):
@@ -478,10 +483,10 @@ class Operations:
 
     # ------------------------------------------------------------------ HTTP
 
-    async def _pages(self, path: str, filters: Mapping[str, Any], page_size: int, patience: float | None = None) -> AsyncIterator[Any]:
+    async def _pages(self, path: str, filters: Mapping[str, Any], page_size: int) -> AsyncIterator[Any]:
         params = {**filters, "limit": page_size}
         while True:
-            page = await self._send(Call[Any]("GET", path, params=params), patience)
+            page = await self._send(Call[Any]("GET", path, params=params))
             for item in page["items"]:
                 yield item
             if page.get("next") is None:

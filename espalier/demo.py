@@ -23,9 +23,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.processes import dies_with
-from espalier.client import Artifact, Client, ClientError, Downloaded
+from espalier.answers import ArtifactFile, Report
+from espalier.client import Client
 from espalier.display import before_after, comparison, job_bar
 from espalier.display import out as console
+from espalier.downloading import Downloaded
+from espalier.errors import ClientError
+from espalier.gates import perplexity
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 METHOD, SPARSITY = "cfsp", 0.2
@@ -186,7 +190,7 @@ def _download(client: Client, job_id: str, target: Path, steps: Steps) -> list[D
     """Fetch all files, with an interruption in the largest one that the second call makes good by a Range request."""
     fetched = 0
 
-    def cut(artifact: Artifact, have: int) -> None:
+    def cut(artifact: ArtifactFile, have: int) -> None:
         nonlocal fetched
         fetched = have
         if have > CUT_AFTER_BYTES:
@@ -213,7 +217,7 @@ def _generate(model: Path, workplace: Path) -> dict[str, Any]:
     return generated
 
 
-def _judge(report: dict[str, Any], generated: dict[str, Any], steps: Steps) -> None:
+def _judge(report: Report, generated: dict[str, Any], steps: Steps) -> None:
     dense, pruned = generated["dense"], generated["pruned"]
     steps.check("loads", not pruned["loader_imported"], f"in a fresh process with plain transformers, as {pruned['class']}")
     steps.check("generates", bool(pruned["text"].strip()), _one_line(pruned))
@@ -221,11 +225,11 @@ def _judge(report: dict[str, Any], generated: dict[str, Any], steps: Steps) -> N
     steps.check("parameters", counted == told < dense["parameters"], f"{dense['parameters']:,} before, {counted:,} after; the report says {told:,}")
     achieved = report["sparsity"]["ffn"]
     steps.check("sparsity", abs(achieved - SPARSITY) < 0.01, f"{achieved:.2%} of the FFN channels removed, {SPARSITY:.0%} asked for")
-    before, after = report["before"]["perplexity"]["value"], report["after"]["perplexity"]["value"]
+    before, after = perplexity(report["before"]) or 0.0, perplexity(report["after"]) or 0.0
     steps.check("perplexity", 1 < before <= after < 10 * before, f"{before:.2f} before, {after:.2f} after")
 
 
-def _print(report: dict[str, Any], generated: dict[str, Any]) -> None:
+def _print(report: Report, generated: dict[str, Any]) -> None:
     console.print(before_after(report))
     phases = Table("phase", "seconds", box=None, pad_edge=False)
     for name, seconds in report["seconds"].items():

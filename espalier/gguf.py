@@ -23,7 +23,7 @@ from gguf import GGMLQuantizationType as Stored
 from gguf.utility import LocalTensor, SafetensorsLocal
 from numpy.typing import NDArray
 
-from espalier.client import ClientError
+from espalier.errors import ClientError
 
 # How matrices are stored; `source`: as in the checkpoint. Norms and biases become F32, as llama.cpp needs them, which loses nothing.
 Dtype = Literal["source", "F32", "F16", "BF16"]

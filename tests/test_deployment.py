@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from sqlalchemy import update
+from typer.main import get_command
 
 from app.database import Database, db_now
 from app.health import router as health
@@ -67,7 +68,7 @@ def quantity(text: str) -> float:
 
 
 def commands() -> set[str]:
-    return {command.name or command.callback.__name__ for command in command_line.registered_commands if command.callback}
+    return set(get_command(command_line).commands)  # type: ignore[attr-defined]  # a group
 
 
 # -------------------------------------------------------------------- compose

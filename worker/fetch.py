@@ -29,7 +29,7 @@ from app.checkpoints.service import get_ready
 from app.database import Database
 from app.exceptions import RecipeError
 from app.settings import Settings, get_settings
-from app.source import CHECKPOINT_ID
+from app.source import CHECKPOINT_ID, read_config
 from app.storage import KEY, Store, open_store
 from worker import cache
 from worker.cache import RemoteFile, RemoteModel
@@ -69,7 +69,10 @@ def on_hub(model: str, revision: str | None) -> RemoteModel:
     wanted = _choose(model, files)
 
     def transfer(folder: Path) -> None:
-        snapshot_download(model, revision=info.sha, allow_patterns=list(wanted), local_dir=folder)
+        get = functools.partial(snapshot_download, model, revision=info.sha, local_dir=folder)
+        get(allow_patterns=["config.json"])
+        read_config(folder)  # a model that can't be pruned costs no transfer of its weights
+        get(allow_patterns=list(wanted))
         shutil.rmtree(folder / ".cache")  # what it notes of a transfer, to go on with
 
     return RemoteModel(model, info.sha, wanted, transfer)

@@ -41,6 +41,8 @@ async def _checkpoint_id(checkpoint_id: Annotated[str, Path(description="The che
 CheckpointId = Annotated[str, Depends(_checkpoint_id)]
 RETRY_AFTER = {"description": "Seconds after which to look again, while it is verified.", "schema": {"type": "integer"}}
 LOCATION = {"description": "The checkpoint's path.", "schema": {"type": "string"}}
+FIRST_PART = {"checkpoint_id": "$response.body#/id", "path": "$response.body#/files/0/path", "number": "$response.body#/files/0/missing/0"}
+LINK_TO_FIRST_PART = {"put_part": {"operationId": "put_part", "parameters": FIRST_PART}}
 PART_BODY: dict[str, Any] = {"required": True, "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
 
@@ -48,7 +50,7 @@ PART_BODY: dict[str, Any] = {"required": True, "content": {"application/octet-st
     "",
     status_code=201,
     response_model=Checkpoint,
-    responses={201: {"headers": {"Location": LOCATION, "Idempotency-Replayed": REPLAYED}}, **declared(400, 409, 413, 415)},
+    responses={201: {"headers": {"Location": LOCATION, "Idempotency-Replayed": REPLAYED}, "links": LINK_TO_FIRST_PART}, **declared(400, 409, 413, 415)},
 )
 def declare_checkpoint(declaration: Declaration, asked: MayBeAsked, caller: CheckpointWriter, database: OpenDatabase, settings: Configuration) -> Response:
     """Begin an upload: say which files will come. Only safetensors, configuration and tokenizer are taken; what can run code is refused by its name."""

@@ -150,6 +150,7 @@ STREAM_EXAMPLE = 'event: phase\ndata: {"sequence": 3, "kind": "phase", …}\nid:
 OF_JOB = ("get_job", "list_events", "cancel_job", "retry_job", "delete_job", "get_report", "list_artifacts", "get_checkpoint")
 LINKS = {name: {"operationId": name, "parameters": {"job_id": "$response.body#/id"}} for name in OF_JOB}
 LINKS_OF_FIRST = {name: {"operationId": name, "parameters": {"job_id": "$response.body#/items/0/id"}} for name in OF_JOB}
+LINK_TO_FIRST_FILE = {"get_artifact": {"operationId": "get_artifact", "parameters": {"job_id": "$request.path.job_id", "path": "$response.body#/items/0/path"}}}
 ACCEPTED_HEADERS = {"Location": LOCATION, "Retry-After": RETRY_AFTER, "Idempotency-Replayed": REPLAYED}
 FILE_HEADERS = {
     "ETag": {"description": "The sha256 of the bytes, in quotes.", "schema": {"type": "string"}},
@@ -169,7 +170,7 @@ RANGE_PARAMETERS = [
 
 
 def _file_responses(media_type: str) -> dict[int | str, dict[str, Any]]:
-    content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
+    content: dict[str, Any] = {media_type: {}}  # bytes have no schema, in OpenAPI 3.1
     return {
         200: {"description": "The bytes.", "content": content, "headers": FILE_HEADERS},
         206: {"description": "The range asked for.", "content": content, "headers": RANGE_HEADERS},
@@ -247,9 +248,8 @@ async def get_job(
     database: OpenDatabase,
     watched: Annotated[Watched | None, Depends(_watched_job)],
     request: Request,
-    response: Response,
     wait: Wait = 0,
-) -> Job | Response:
+) -> Response:
     """One job. With `If-None-Match` the answer is 304 until anything has changed; with `wait` it comes as soon as there is something to tell."""
     read = partial(_read_job, database, caller.tenant_id, job_id)
     job = await run_sync(read)
@@ -259,8 +259,7 @@ async def get_job(
     headers = {"ETag": f'"{job.version}"'} | ({} if job.state in FINISHED else {"Retry-After": str(POLL_SECONDS)})
     if not_modified(request.headers, headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    response.headers.update(headers)
-    return Job.of(job)
+    return Response(Job.of(job).model_dump_json(), headers=headers, media_type="application/json")
 
 
 def _read_job(database: Database, tenant_id: str, job_id: str) -> models.Job:
@@ -377,7 +376,7 @@ def get_report(caller: JobReader, job_id: JobId, database: OpenDatabase) -> Repo
         return Report.model_validate(repository.find_report(session, caller.tenant_id, job_id))
 
 
-@router.get("/{job_id}/artifacts", responses=declared(404, 409, 410))
+@router.get("/{job_id}/artifacts", responses={200: {"links": LINK_TO_FIRST_FILE}, **declared(404, 409, 410)})
 def list_artifacts(caller: ArtifactReader, job_id: JobId, database: OpenDatabase) -> Manifest:
     """The files of a job that has succeeded, each with its size and sha256."""
     with database.reading() as session:
@@ -390,7 +389,7 @@ def list_artifacts(caller: ArtifactReader, job_id: JobId, database: OpenDatabase
 @router.get(
     "/{job_id}/artifacts/{path:path}",
     response_class=Response,
-    responses={**_file_responses("application/octet-stream"), 307: {"description": "The file is at the Location, for a while, without a key."}},
+    responses={**_file_responses("*/*"), 307: {"description": "The file is at the Location, for a while, without a key."}},
     openapi_extra={"parameters": RANGE_PARAMETERS},
 )
 def get_artifact(

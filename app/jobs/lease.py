@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Row, ScalarSelect, Subquery, delete, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Executable, Row, ScalarSelect, String, Subquery, bindparam, delete, exists, func, insert, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from app.database import db_now, seconds_between
-from app.jobs.repository import insert_event
+from app.jobs.repository import JOBS, insert_event
 from app.models import RETRIED, Artifact, Job, OutboxMessage, Tenant, Worker
 
 HELD = ("running", "cancelling")
@@ -116,34 +116,44 @@ def claim_next(session: Session, worker: Worker, lease_seconds: float) -> Lease 
     """
     if session.get_bind().dialect.name == "postgresql":  # SQLite has one writer anyway
         session.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
-    return claim(session, _next_for(worker.queue, worker.host_bytes, worker.device_bytes), worker.id, lease_seconds)
+    return _claim(session, _claiming_next(worker.queue, worker.host_bytes, worker.device_bytes, lease_seconds), {"owner": worker.id})
 
 
-def claim(session: Session, job_id: str | ScalarSelect[str], owner: str, lease_seconds: float) -> Lease | None:
-    """Take a queued job; None where there is nothing to take, as after a duplicate message."""
-    row = session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.state == "queued")
-        .values(
-            state="running",
-            phase=None,
-            progress={},
-            attempt=Job.attempt + 1,
-            lease_token=Job.lease_token + 1,
-            lease_owner=owner,
-            lease_until=db_now(lease_seconds),
-            claimed_at=db_now(),
-            started_at=func.coalesce(Job.started_at, db_now()),
-            **_told(1),
-        )
-        .returning(*OF_LEASE, Job.recipe, Job.max_runtime, Job.ran_seconds, Job.trace_parent, Job.last_event),
-        execution_options=UNSYNCHRONIZED,
-    ).one_or_none()
+def claim(session: Session, job_id: str, owner: str, lease_seconds: float) -> Lease | None:
+    """Take a queued job; None where there is nothing to take."""
+    return _claim(session, _claiming(bindparam("wanted", type_=String()), lease_seconds), {"owner": owner, "wanted": job_id})
+
+
+@lru_cache(maxsize=64)  # as of `_next_for`
+def _claiming_next(queue: str, host_bytes: int, device_bytes: int, lease_seconds: float) -> Executable:
+    return _claiming(_next_for(queue, host_bytes, device_bytes), lease_seconds)
+
+
+def _claiming(job_id: ColumnElement[str], lease_seconds: float) -> Executable:
+    """The claim of a job for the `owner`."""
+    queued = update(JOBS).where(Job.id == job_id, Job.state == "queued")
+    claimed = queued.values(
+        state="running",
+        phase=None,
+        progress={},
+        attempt=Job.attempt + 1,
+        lease_token=Job.lease_token + 1,
+        lease_owner=bindparam("owner"),
+        lease_until=db_now(lease_seconds),
+        claimed_at=db_now(),
+        started_at=func.coalesce(Job.started_at, db_now()),
+        **_told(1),
+    )
+    return claimed.returning(*OF_LEASE, Job.recipe, Job.max_runtime, Job.ran_seconds, Job.trace_parent, Job.last_event)
+
+
+def _claim(session: Session, claiming: Executable, wanted: dict[str, str]) -> Lease | None:
+    row = session.execute(claiming, wanted).one_or_none()
     if row is None:
         return None
     runtime = row.max_runtime or row.recipe["limits"]["max_runtime"]  # a release before this one wrote it only there
     lease = _lease(row, recipe=row.recipe, seconds_to_run=runtime - row.ran_seconds, trace_parent=row.trace_parent)
-    event = Event("claimed", f"Attempt {lease.attempt} of {lease.max_attempts} started.", {"attempt": lease.attempt, "worker": owner})
+    event = Event("claimed", f"Attempt {lease.attempt} of {lease.max_attempts} started.", {"attempt": lease.attempt, "worker": wanted["owner"]})
     _tell(session, lease, row.last_event, [event])
     return lease
 

@@ -47,7 +47,7 @@ class Submission(Recipe):
         examples=["wh_0193d5f0c1d57a3c8d4e0a1b2c3d4e5f"],
     )
     sinks: tuple[Sink, ...] = Field(
-        (), max_length=MAX_SINKS, description="Where the result is to go once the job has succeeded: at most 4. Their failure is not the job's."
+        (), max_length=MAX_SINKS, strict=False, description="Where the result is to go once the job has succeeded: at most 4. Their failure is not the job's."
     )
     metadata: Labels = Field(
         {}, description="Up to 16 pairs of your own, by which jobs can be listed; names of up to 64 characters, values of up to 512.", examples=[{"run": "42"}]

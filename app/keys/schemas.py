@@ -31,15 +31,13 @@ class KeyRequest(Strict):
 
     name: str = Field(min_length=1, max_length=200, pattern=r"^[^\x00]+$", description="What it is for.", examples=["nightly pruning"])
     scopes: Scopes = Field(description="What it may do; `admin` may do everything.", examples=[["jobs:read", "jobs:write"]])
-    lifetime: int | None = Field(None, ge=60, le=MAX_LIFETIME, strict=True, description="Seconds after which it expires; null: never.", examples=[90 * DAY])
+    lifetime: int | None = Field(None, ge=60, le=MAX_LIFETIME, description="Seconds after which it expires; null: never.", examples=[90 * DAY])
 
 
 class Rotation(Strict):
     """How a key is replaced."""
 
-    overlap: int = Field(
-        3600, ge=0, le=MAX_OVERLAP, strict=True, description="Seconds for which the old key stays good; 0: it is revoked at once.", examples=[3600]
-    )
+    overlap: int = Field(3600, ge=0, le=MAX_OVERLAP, description="Seconds for which the old key stays good; 0: it is revoked at once.", examples=[3600])
 
 
 class Key(Out):

@@ -14,10 +14,11 @@ from app.problems import declared
 from app.sinks import reach, service
 from app.sinks.schemas import Sink, SinkSecrets
 
+LINK_TO_FIRST = {"retry_sink": {"operationId": "retry_sink", "parameters": {"job_id": "$response.body#/id", "number": "$response.body#/sinks/0/number"}}}
 router = APIRouter(prefix="/v1/jobs/{job_id}/sinks", tags=["jobs"], responses=declared(400, 401, 403, 404, 409, 410, 413, 415, 422, 429))
 
 
-@router.post("", status_code=202)
+@router.post("", status_code=202, responses={202: {"links": LINK_TO_FIRST}})
 def add_sink(caller: JobWriter, job_id: JobId, sink: Annotated[Sink, Body()], database: OpenDatabase, settings: Configuration) -> Job:
     """Bring the result of a job that has succeeded to one more place. The job's `sinks` tell when it is there."""
     reach.check(sink, settings, "")

@@ -19,6 +19,8 @@ DELIVERY_ID = re.compile(r"dlv_[0-9a-f]{32}")
 MAX_OVERLAP = 7 * 24 * 3600
 LOCATION = {"description": "The webhook's path.", "schema": {"type": "string"}}
 NO_STORE = {"Cache-Control": {"description": "`no-store`: the answer holds a secret.", "schema": {"type": "string"}}}
+FIRST = {"webhook_id": "$request.path.webhook_id", "delivery_id": "$response.body#/items/0/id"}
+LINK_TO_FIRST = {"replay_delivery": {"operationId": "replay_delivery", "parameters": FIRST}}
 
 router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses=declared(401, 403, 422))
 
@@ -114,7 +116,7 @@ def ping_webhook(caller: Admin, webhook_id: WebhookId, database: OpenDatabase) -
     return Delivery.model_validate(delivery)
 
 
-@router.get("/{webhook_id}/deliveries", responses=declared(400, 404))
+@router.get("/{webhook_id}/deliveries", responses={200: {"links": LINK_TO_FIRST}, **declared(400, 404)})
 def list_deliveries(
     caller: Admin,
     webhook_id: WebhookId,

@@ -26,7 +26,7 @@ class NewWebhook(Strict):
     )
     description: str = Field("", max_length=200, pattern=r"^[^\x00]*$", description="What it is for.", examples=["CI"])
     kinds: tuple[Kind, ...] = Field(
-        KINDS, min_length=1, max_length=len(KINDS), description="The news that it hears of; default: all.", examples=[["job.succeeded"]]
+        KINDS, min_length=1, max_length=len(KINDS), strict=False, description="The news that it hears of; default: all.", examples=[["job.succeeded"]]
     )
     every_job: bool = Field(True, description="Whether it hears of every job; else only of those that name it as their `webhook`.")
 

@@ -21,7 +21,7 @@ from app.jobs.lease import Event, Lease, StoredFile, beat, claim, finish
 from app.main import create_app
 from app.settings import Settings
 from app.storage import Store, open_store
-from espalier.client import Client
+from espalier.client import AsyncClient, Client
 from migrations import migrate
 
 MODEL = "owner/model"
@@ -48,6 +48,9 @@ class Service:
 
     def client(self, url: str | None = None) -> Client:
         return Client(url or self.url, self.key)
+
+    def async_client(self, url: str | None = None) -> AsyncClient:
+        return AsyncClient(url or self.url, self.key)
 
     def submit(self, **more: Any) -> str:
         with self.client() as client:

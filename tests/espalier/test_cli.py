@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import typer
 
+from app.auth import Scope
 from app.recipe import Recipe
 from app.report import LayerReport, LoadCheck, Measured, Parameters, Perplexity, Report, Sparsities, Speed, TextUsed
 from espalier import cli
+from espalier.commands import admin, common, local
 from tests.espalier.conftest import MODEL, Service
 from tests.models import make_checkpoint
+from tests.servers import free_port
 
 FILES = {"checkpoint/config.json": b"{}", "checkpoint/model.safetensors": b"weights", "report.json": b"{}"}
 
@@ -122,7 +130,7 @@ def test_submit_list_show_cancel(espalier: Command) -> None:
     assert "queued" in espalier("show", job_id).out
     assert espalier("cancel", job_id).out.strip() == f"{job_id} is cancelled"
     again = espalier("cancel", job_id)
-    assert (again.code, again.out) == (2, "")
+    assert (again.code, again.out) == (1, "")
     assert "job_finished" in again.err
 
 
@@ -145,9 +153,9 @@ def test_the_exit_code_of_wait_is_the_result(espalier: Command, service: Service
     assert lost.code == 1
     assert "disk_full" in lost.out
     assert "Free some space." in lost.out
-    assert espalier("wait", cancelled).code == 3
+    assert espalier("wait", cancelled).code == 1
     assert espalier("wait").code == 2
-    assert espalier("wait", "job_unknown").code == 2
+    assert espalier("wait", "job_unknown").code == 1
     waited = espalier("wait", failed, "--json")
     assert (waited.code, waited.json["state"]) == (1, "failed")
 
@@ -204,13 +212,14 @@ def test_download(espalier: Command, service: Service, tmp_path: Path) -> None:
 
 def test_an_estimate_submits_nothing(espalier: Command, service: Service) -> None:
     make_checkpoint(service.home / "models" / "estimated", "llama")
-    asked = ("submit", "estimated", "--method", "bonsai", "--sparsity", "0.1", "--estimate")
+    asked = ("estimate", "estimated", "--method", "bonsai", "--sparsity", "0.1")
     told = espalier(*asked)
     assert "2 rounds of at most 100 sub-models" in told.out
-    assert espalier(*asked, "--json").json["sub_models"] == 200
-    assert "once the worker has fetched" in espalier("submit", MODEL, "--estimate").out
+    assert "queue default: 0 live workers" in told.out
+    assert espalier(*asked, "--json").json["estimate"]["sub_models"] == 200
+    assert "once the worker has fetched" in espalier("estimate", MODEL).out
     assert espalier("list", "--json").json == []
-    assert espalier("submit", "estimated", "--sparsity", "1.5", "--estimate").code == 2
+    assert espalier("estimate", "estimated", "--sparsity", "1.5").code == 1
 
 
 def test_methods(espalier: Command) -> None:
@@ -232,7 +241,7 @@ def test_a_recipe_that_is_no_json_object_is_a_usage_error(espalier: Command, rec
 
 def test_refusals_are_sentences(espalier: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = espalier("submit", MODEL, "--sparsity", "1.5")
-    assert refused.code == 2
+    assert refused.code == 1
     assert "422" in refused.err
     assert "/sparsity" in refused.err
     monkeypatch.setenv("ESPALIER_API_KEY", "esp_no")
@@ -243,8 +252,193 @@ def test_refusals_are_sentences(espalier: Command, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("command", ["serve", "demo"])
 def test_the_service_needs_its_extra(espalier: Command, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda module: None if module == "torch" else object())
+    monkeypatch.setattr(local, "find_spec", lambda module: None if module == "torch" else object())
     ran = espalier(command)
     assert ran.code == 2
     assert "needs torch" in ran.err
     assert "make serve" in ran.err
+
+
+# ---------------------------------------------------------------- pipelines
+
+
+@pytest.mark.parametrize(
+    ("bounds", "code", "met"),
+    [
+        (("--max-perplexity-increase", "1.0", "--max-perplexity", "40", "--min-sparsity", "0.1", "--min-speedup", "2"), 0, [True] * 4),
+        (("--max-perplexity-increase", "0.99"), 4, [False]),
+        (("--max-parameters", "499", "--max-bytes", "2000"), 4, [False, True]),
+    ],
+)
+def test_wait_holds_a_result_against_bounds(espalier: Command, service: Service, bounds: tuple[str, ...], code: int, met: list[bool]) -> None:
+    job_id = service.job_with({}, a_report())
+    ran = espalier("wait", job_id, *bounds)
+    assert ran.code == code
+    assert ran.out.count("not met") == met.count(False)
+    told = espalier("wait", job_id, *bounds, "--json")
+    assert (told.code, sorted(verdict["met"] for verdict in told.json["gates"])) == (code, sorted(met))
+
+
+def test_what_was_not_measured_is_not_met(espalier: Command, service: Service) -> None:
+    ran = espalier("wait", service.job_with({}, a_report() | {"before": None}), "--max-perplexity-increase", "9")
+    assert ran.code == 4
+    assert "not measured" in ran.out
+
+
+def test_bounds_do_not_hide_that_a_job_failed(espalier: Command, service: Service) -> None:
+    job_id = service.submit()
+    service.fail(service.start(job_id))
+    assert espalier("wait", job_id, "--max-perplexity", "40").code == 1
+
+
+def test_a_service_that_is_away(espalier: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPALIER_URL", f"http://127.0.0.1:{free_port()}")
+    ran = espalier("list")
+    assert (ran.code, ran.out) == (3, "")
+    assert "ESPALIER_URL" in ran.err
+
+
+def test_submit_can_wait_and_download(espalier: Command, service: Service, tmp_path: Path) -> None:
+    def work() -> None:
+        with service.client() as client:
+            while not (jobs := list(client.jobs())):
+                time.sleep(0.05)
+        service.succeed(service.start(jobs[0]["id"]), FILES)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    ran = espalier("submit", MODEL, "--metadata", "run=42", "--priority", "3", "--queue", "default", "--download", str(tmp_path), "--json")
+    worker.join()
+    assert (ran.code, ran.json["state"], ran.json["metadata"], ran.json["priority"]) == (0, "succeeded", {"run": "42"}, 3)
+    assert {file["path"] for file in ran.json["files"]} == set(FILES)
+    assert (tmp_path / "checkpoint/model.safetensors").read_bytes() == b"weights"
+
+
+def test_one_idempotency_key_makes_one_job(espalier: Command) -> None:
+    first, second = (espalier("submit", MODEL, "--idempotency-key", "build-7").out for _ in range(2))
+    assert first == second
+    assert len(espalier("list", "--json").json) == 1
+
+
+def test_a_recipe_may_be_a_file(espalier: Command, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"method": "wanda", "sparsity": "2:4", "evaluation": null}')
+    assert espalier("submit", MODEL, "--recipe", f"@{tmp_path}/recipe.json", "--json").json["method"] == "wanda"
+    missing = espalier("submit", MODEL, "--recipe", "@nowhere.json")
+    assert missing.code == 1
+    assert "nowhere.json" in missing.err
+
+
+# ------------------------------------------------------------ other commands
+
+
+def test_retry_and_delete(espalier: Command, service: Service) -> None:
+    job_id = service.submit()
+    service.fail(service.start(job_id))
+    assert espalier("retry", job_id).out.strip() == f"{job_id} is queued"
+    assert espalier("delete", job_id).code == 1
+    espalier("cancel", job_id)
+    assert espalier("delete", job_id, "--json").json == {"id": job_id, "deleted": True}
+    assert espalier("show", job_id).code == 1
+
+
+def test_report_and_get(espalier: Command, service: Service) -> None:
+    job_id = service.job_with({}, a_report())
+    assert espalier("report", job_id, "--json").json["parameters_after"]["all"] == 500
+    assert "40 of 50" in espalier("report", job_id).out
+    assert espalier("get", job_id, "--json").json["report"]["notes"] == ["Widths were rounded."]
+
+
+def test_keys(espalier: Command) -> None:
+    made = espalier("keys", "create", "CI", "--scope", "jobs:read", "--lifetime", "3600", "--json").json
+    assert made["key"].startswith("esp_")
+    assert made["id"] in espalier("keys", "list").out
+    turned = espalier("keys", "rotate", made["id"], "--overlap", "0")
+    assert turned.out.startswith("esp_")
+    (left,) = [key for key in espalier("keys", "list", "--json").json if key["name"] == "CI"]
+    assert espalier("keys", "revoke", left["id"]).code == 0
+    assert espalier("keys", "revoke", left["id"]).code == 1
+    assert get_args(Scope) == admin.SCOPES
+
+
+def test_webhooks(espalier: Command) -> None:
+    made = espalier("webhooks", "create", "https://1.1.1.1/hook", "--kind", "job.failed", "--json").json
+    assert made["secret"].startswith("whsec_")
+    assert espalier("webhooks", "create", "https://127.0.0.1/hook").code == 1
+    assert "enabled" in espalier("webhooks", "list").out
+    sent = espalier("webhooks", "test", made["id"], "--json").json
+    assert [each["id"] for each in espalier("webhooks", "deliveries", made["id"], "--json").json] == [sent["id"]]
+    assert "ping" in espalier("webhooks", "deliveries", made["id"]).out
+    assert espalier("webhooks", "replay", made["id"], sent["id"]).code in (0, 1)  # it may be on its way
+    assert espalier("webhooks", "enable", made["id"]).code == 0
+    assert espalier("webhooks", "delete", made["id"]).code == 0
+    assert espalier("webhooks", "list", "--json").json == []
+
+
+def test_sinks(espalier: Command, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = service.job_with(FILES)
+    secrets = {"access_key": "a", "secret_key": "b"}
+    (tmp_path / "sink.json").write_text(json.dumps({"name": "s3", "url": "s3://models/pruned", **secrets}))
+    added = espalier("sinks", "add", job_id, str(tmp_path / "sink.json"), "--json").json
+    assert [(run["number"], run["name"], run["state"]) for run in added] == [(0, "s3", "waiting")]
+    assert "waiting" in espalier("sinks", "list", job_id).out
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(secrets)))
+    again = espalier("sinks", "retry", job_id, "0", "-")
+    assert again.code == 1
+    assert "sink" in again.err
+
+
+def test_queues_usage_checkpoints_and_audit(espalier: Command, service: Service) -> None:
+    job_id = service.submit()
+    assert {"default"} <= {queue["name"] for queue in espalier("queues", "--json").json}
+    assert "default" in espalier("queues").out
+    assert espalier("usage", "--json").json["queued"]["used"] == 1
+    assert "queued jobs" in espalier("usage").out
+    assert espalier("checkpoints", "--json").json == []
+    assert espalier("checkpoints", "--state", "ready").code == 0
+    assert [entry["target"] for entry in espalier("audit", "--action", "job.submit", "--json").json] == [job_id]
+    assert "job.submit" in espalier("audit").out
+
+
+def test_every_command_has_json() -> None:
+    def leaves(command: Any) -> Iterator[Any]:
+        if not hasattr(command, "commands"):
+            yield command
+        for inner in getattr(command, "commands", {}).values():
+            yield from leaves(inner)
+
+    found = list(leaves(typer.main.get_command(cli.app)))
+    assert len(found) > 30
+    for command in found:
+        assert any("--json" in parameter.opts for parameter in command.params), command.name
+        assert command.help, command.name
+
+
+# ----------------------------------------------------------------- completion
+
+
+def complete(line: str, **environment: str) -> list[str]:
+    asked = {"_ESPALIER_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
+    command = [str(Path(sys.executable).with_name("espalier"))]
+    ran = subprocess.run(command, env=os.environ | asked | environment, capture_output=True, text=True, timeout=30, check=False)
+    assert ran.stderr == ""
+    return ran.stdout.split()
+
+
+def test_the_shell_completes_what_the_service_has(service: Service) -> None:
+    job_id = service.submit()
+    here = {"ESPALIER_URL": service.url, "ESPALIER_API_KEY": service.key}
+    assert complete("espalier show job_", **here) == [job_id]
+    assert complete("espalier submit model --method wan", **here) == ["wanda"]
+    assert complete("espalier submit model --queue def", **here) == ["default"]
+    assert complete("espalier keys create CI --scope jobs:w", **here) == ["jobs:write"]
+
+
+def test_completion_is_silent_and_quick_when_the_service_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        started = time.monotonic()
+        monkeypatch.setenv("ESPALIER_URL", url)
+        assert common.offer_jobs("job_") == []
+        assert time.monotonic() - started < 1
+    assert complete("espalier show job_", ESPALIER_URL=f"http://127.0.0.1:{free_port()}") == []
+    assert complete("espalier show job_", ESPALIER_URL="nowhere") == []

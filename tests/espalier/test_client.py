@@ -6,11 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
 from app.jobs.lease import Lease
-from espalier.client import ApiError, Client, ClientError, Job, UnreachableError
+from espalier.answers import Job
+from espalier.client import Client
+from espalier.errors import ApiError, ClientError, UnreachableError
 from tests.espalier.conftest import MODEL, Service
 from tests.espalier.proxy import proxy
 
@@ -32,6 +36,21 @@ def test_list_goes_through_all_pages(service: Service) -> None:
         assert [job["id"] for job in client.jobs(page_size=2)] == submitted[::-1]
         assert [job["id"] for job in client.jobs(state="cancelled")] == [submitted[2]]
         assert list(client.jobs(method="wanda")) == []
+
+
+def test_every_filter_of_the_list(service: Service) -> None:
+    first = service.submit(queue="big", metadata={"run": "41"})
+    between = datetime.now(UTC)
+    second = service.submit(metadata={"run": "42", "by": "CI"})
+    with service.client() as client:
+
+        def found(**filters: Any) -> list[str]:
+            return [job["id"] for job in client.jobs(**filters)]
+
+        assert found(queue="big") == found(metadata={"run": "41"}) == found(created_before=between) == [first]
+        assert found(metadata={"run": "42", "by": "CI"}) == found(created_after=between.isoformat()) == [second]
+        assert found(state=["queued", "failed"], model=MODEL, method="cfsp") == [second, first]
+        assert found(state="failed") == found(metadata={"run": "42", "by": "me"}) == []
 
 
 def test_events_go_through_all_pages(service: Service) -> None:
@@ -89,10 +108,10 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(service: Servi
         assert list(client.jobs()) == []
 
 
-def test_no_answer_is_told_at_once() -> None:
+def test_no_answer_is_told() -> None:
     with proxy(9) as network:
         network.close()
-        with Client(network.url) as client, pytest.raises(UnreachableError, match="ESPALIER_URL"):
+        with Client(network.url, patience=0) as client, pytest.raises(UnreachableError, match="ESPALIER_URL"):
             client.get("job_x")
 
 
@@ -102,26 +121,24 @@ def test_an_answer_that_is_no_problem_document_is_told(service: Service) -> None
     assert refused.value.status == 404
 
 
-def test_wait_follows_a_job(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_follows_a_job(service: Service) -> None:
     job_id = service.submit()
     leases: list[Lease] = []
-    pauses: list[float] = []
-
-    def pause(seconds: float) -> None:
-        pauses.append(seconds)
-        if leases:
-            service.fail(leases[0])
-        else:
-            leases.append(service.start(job_id))
-
-    monkeypatch.setattr("espalier.client.time.sleep", pause)
     seen: list[Job] = []
-    with service.client() as client:
-        job = client.wait(job_id, on_progress=seen.append)
+
+    def on_progress(job: Job) -> None:
+        seen.append(job)
+        if job["state"] == "queued":
+            leases.append(service.start(job_id))
+        elif job["state"] == "running":
+            service.fail(leases[0])
+
+    with proxy(service.port) as network, service.client(network.url) as client:
+        job = client.wait(job_id, on_progress=on_progress)
     assert [step["state"] for step in seen] == ["queued", "running", "failed"]
     assert job == seen[-1]
     assert job["error"] == {"code": "disk_full", "message": "The disk is full.", "hint": "Free some space."}
-    assert pauses == [2, 2]  # the API's Retry-After
+    assert len(network.requests) == 3  # each is answered when there is something to tell
 
 
 def test_wait_ends_after_its_time(service: Service) -> None:

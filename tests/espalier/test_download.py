@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from espalier.answers import ArtifactFile as Artifact
+from espalier.answers import ArtifactFile
+from espalier.downloading import targets
 from espalier.errors import ApiError, DownloadError, UnreachableError
 from tests.espalier.conftest import Service, running_service
 from tests.espalier.proxy import proxy
@@ -30,7 +31,7 @@ def part_of(folder: Path, content: bytes = WEIGHTS) -> Path:
 def test_all_files_come(service: Service, tmp_path: Path) -> None:
     told: dict[str, int] = {}
 
-    def on_bytes(artifact: Artifact, have: int) -> None:
+    def on_bytes(artifact: ArtifactFile, have: int) -> None:
         told[artifact["path"]] = have
 
     with service.client() as client:
@@ -124,13 +125,21 @@ def test_a_part_of_full_length_or_more(service: Service, tmp_path: Path, part: b
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/outside", "a/../../outside", "C:outside", "a\\outside", ""])
-def test_a_manifest_cannot_write_outside_the_folder(service: Service, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact: Artifact = {"path": name, "role": "checkpoint", "bytes": 1, "sha256": "0" * 64}
+def test_a_manifest_cannot_write_outside_the_folder(tmp_path: Path, name: str) -> None:
+    artifact: ArtifactFile = {"path": name, "role": "checkpoint", "bytes": 1, "sha256": "0" * 64}
+    with pytest.raises(DownloadError, match="outside"):
+        targets(tmp_path / "target", [artifact], ())
+
+
+def test_a_download_may_begin_anew(service: Service, tmp_path: Path) -> None:
+    job_id = service.job_with(FILES)
+    part = part_of(tmp_path)
+    part.parent.mkdir()
+    part.write_bytes(b"?" + WEIGHTS[1:1000])
     with service.client() as client:
-        monkeypatch.setattr(client, "artifacts", lambda job_id, patience: [artifact])
-        with pytest.raises(DownloadError, match="outside"):
-            client.download("job_x", tmp_path / "target")
-    assert contents(tmp_path) == {}
+        files = client.download(job_id, tmp_path, resume=False)
+    assert {file.resumed_at for file in files} == {0}
+    assert contents(tmp_path) == FILES
 
 
 def test_an_unfinished_job_has_no_files(service: Service, tmp_path: Path) -> None:

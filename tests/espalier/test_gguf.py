@@ -18,6 +18,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from typer.testing import CliRunner
 
 import espalier.cli
+from espalier.commands import files
+from espalier.commands.common import FAILED
 from espalier.gguf import LLAMA3_SPLIT, GgufError, export, llama3_divisors
 from tests.espalier.test_loader import GROUPS, WIDTHS, per_layer_heads
 from tests.models import load_model, make_checkpoint, make_tokenizer, write_json
@@ -374,9 +376,9 @@ def test_the_command_writes_the_file_and_says_what_it_is(tmp_path: Path) -> None
 
 
 def test_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(espalier.cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
     monkeypatch.setattr("sys.argv", ["espalier", "gguf", str(tmp_path), str(tmp_path / "model.gguf")])
     with pytest.raises(SystemExit) as ended:
         espalier.cli.main()
-    assert ended.value.code == espalier.cli.FAILED
+    assert ended.value.code == FAILED
     assert "pip install 'espalier[gguf]'" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -14,8 +15,8 @@ import pytest
 
 from app.processes import dies_with
 from app.settings import Settings
-from espalier.client import ApiError, UploadError
-from espalier.uploading import CheckpointFile
+from espalier.answers import CheckpointFile
+from espalier.errors import ApiError, UploadError
 from tests.espalier.conftest import Service, running_service
 from tests.espalier.proxy import Proxy, proxy
 from tests.jobs import wait_until
@@ -75,6 +76,14 @@ def test_a_folder_is_uploaded_once(service: Service, folder: Path) -> None:
             client.checkpoint(checkpoint["id"])
 
 
+def test_an_async_upload(service: Service, folder: Path) -> None:
+    async def upload() -> str:
+        async with service.async_client() as client:
+            return (await client.upload(folder))["state"]
+
+    assert asyncio.run(upload()) == "ready"
+
+
 def test_an_upload_goes_on_after_cuts(service: Service, folder: Path) -> None:
     with proxy(service.port) as network, service.client(network.url) as client:
 
@@ -131,7 +140,7 @@ def test_what_can_not_be_used_is_told(service: Service, folder: Path, tmp_path: 
     ended = subprocess.run(
         [sys.executable, "-m", "espalier.cli", "upload", str(other)], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
-    assert (ended.returncode, ended.stdout) == (2, "")
+    assert (ended.returncode, ended.stdout) == (1, "")
     assert "config_missing" in ended.stderr
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from app.settings import Settings
 from tests.app.calls import NETWORKS, prepare
 from tests.app.conftest import serving as in_process
 from tests.app.serving import serving
@@ -25,6 +24,7 @@ HERE = Path(__file__).parent
 RATES = {f"rate_{name}": "" for name in ("read", "write", "read_tenant", "write_tenant", "refused")}
 KNOWN = (
     "GET /v1/jobs/{job_id}/artifacts/{path}",
+    "PUT /v1/checkpoints/{checkpoint_id}/files/{path}/parts/{number}",
     "POST /v1/jobs/{job_id}/retry",
     "POST /v1/checkpoints/{checkpoint_id}/complete",
     "POST /v1/webhooks/{webhook_id}/deliveries/{delivery_id}/replay",
@@ -37,12 +37,13 @@ def soak(postgres_url: str, folder: Path, examples: int, seed: int, phases: str 
         (folder / "models").mkdir(exist_ok=True)
         (folder / "texts").mkdir(exist_ok=True)
         with in_process(folder, database_url, folder, webhook_networks=NETWORKS) as api:
-            values: dict[str, list[str]] = {}
+            values: dict[str, list[str | int]] = {}
             for endpoint in KNOWN:
                 template, path = endpoint.split()[1].split("/"), prepare(api, endpoint, folder).path.split("/")
                 for name, value in zip(template, path, strict=False):
-                    if name.startswith("{") and name not in ("{path}", "{number}"):
-                        values.setdefault(name.strip("{}"), []).append(value)
+                    if name.startswith("{"):
+                        values.setdefault(name.strip("{}"), []).append(int(value) if value.isdecimal() else value)
+        kept = ["key_" + api.key.split("_")[1], *(str(known) for name in values if name.endswith("_id") for known in values[name])]
         config = (HERE / "schemathesis.toml").read_text() + _dictionaries(values)
         (folder / "schemathesis.toml").write_text(config)
         command = [
@@ -52,14 +53,14 @@ def soak(postgres_url: str, folder: Path, examples: int, seed: int, phases: str 
             *("--phases", phases, "--max-examples", str(examples), "--seed", str(seed)),
             *("--report", "json", "--report-json-path", str(folder / "report.json")),
         ]
-        environment = {**os.environ, "SOAK_KEY_ID": "key_" + api.key.split("_")[1], "SCHEMATHESIS_HOOKS": "tests.security.hooks"}
+        environment = {**os.environ, "SOAK_KEPT": " ".join(kept), "SCHEMATHESIS_HOOKS": "tests.security.hooks"}
         status = subprocess.run(command, env=environment, check=False).returncode
         return status, json.loads((folder / "report.json").read_text())
 
 
-def _dictionaries(values: Mapping[str, list[str]]) -> str:
+def _dictionaries(values: Mapping[str, list[str | int]]) -> str:
     """The part of the configuration by which half of the ids are those of things that exist."""
-    lines = [f'[dictionaries.{name}]\nvalues = {json.dumps(ids)}\n' for name, ids in values.items()]
+    lines = [f"[dictionaries.{name}]\nvalues = {json.dumps(ids)}\n" for name, ids in values.items()]
     lines += ["[parameters]\n", *(f'"path.{name}" = {{ dictionary = "{name}", probability = 0.5 }}\n' for name in values)]
     return "\n" + "".join(lines)
 

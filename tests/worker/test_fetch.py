@@ -107,6 +107,7 @@ def test_a_later_attempt_finds_its_model_while_the_hub_is_away(hub: Hub, tmp_pat
 def test_what_can_not_be_fetched_is_refused_with_its_reason(hub: Hub, tmp_path: Path, model: str, code: str) -> None:
     refused(hub.environment, tmp_path, model, code)
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+    assert not [name for name in hub.sent if name.endswith((".safetensors", ".bin"))]  # it is refused before any weights are fetched
 
 
 def test_what_does_not_fit_is_not_begun(hub: Hub, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ INSTALLED := .venv/installed
 demo: $(INSTALLED)
 	$(BIN)/espalier demo
 
+# Two processes, one thread each: many tests wait for servers, leases and processes.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check

@@ -121,7 +121,7 @@ class Dispatcher:
                 for message in messages:
                     queue.publish(self._settings, message.job_id, queue.of_class(message.queue))
                 if messages:
-                    lease.mark_published(session, messages)
+                    lease.delete_messages(session, messages)
             if len(messages) < BATCH:
                 return
 

@@ -82,7 +82,7 @@ class Job(Base):
     lease_owner: Mapped[str | None] = mapped_column(String(200))
     lease_token: Mapped[int] = mapped_column(BigInteger, default=0)  # every write of a worker is conditional on it
     lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    published_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    published_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # when its message was written anew; None: not since it was queued
     cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     artifact_prefix: Mapped[str | None] = mapped_column(String(200))  # the attempt whose files are the result
     stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")  # of its files, as long as they are kept

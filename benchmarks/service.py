@@ -280,9 +280,9 @@ def measure_dispatch(jobs: int = 60) -> dict[str, Any]:
             preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509  it makes one system call
         )
         latencies = []
-        body = {"model": str(home / "models" / "tiny"), "method": "magnitude", "sparsity": 0.5, "evaluation": None}
+        body = {"model": "tiny", "method": "magnitude", "sparsity": 0.5, "evaluation": None}
         try:
-            with api(where, home, NEVER_MET | environment) as served, httpx.Client(base_url=f"http://127.0.0.1:{served.port}", trust_env=False) as client:
+            with api(where, home, NEVER_MET) as served, httpx.Client(base_url=f"http://127.0.0.1:{served.port}", trust_env=False) as client:
                 client.headers["Authorization"] = f"Bearer {key}"
                 for number in range(jobs + 2):
                     answer = client.post("/v1/jobs", json=body)

@@ -290,10 +290,9 @@ def take_outbox(session: Session, limit: int) -> list[Message]:
     return [Message(*row) for row in session.execute(query.limit(limit).with_for_update(skip_locked=True, of=OutboxMessage))]
 
 
-def mark_published(session: Session, messages: Sequence[Message]) -> None:
+def delete_messages(session: Session, messages: Sequence[Message]) -> None:
+    """Of published messages. No job's row is touched: the worker that a message wakes up would find it locked and pass it over."""
     session.execute(delete(OutboxMessage).where(OutboxMessage.id.in_([message.id for message in messages])), execution_options=UNSYNCHRONIZED)
-    published = update(Job).where(Job.id.in_([message.job_id for message in messages])).values(published_at=db_now())
-    session.execute(published, execution_options=UNSYNCHRONIZED)
 
 
 def waiting(session: Session) -> dict[str, int]:
@@ -303,7 +302,7 @@ def waiting(session: Session) -> dict[str, int]:
 
 
 def publish_stale(session: Session, queue: str, older_than_seconds: float, limit: int) -> int:
-    """Write an outbox message for up to `limit` queued jobs of a class that have none and whose last one was published long ago; returns how many.
+    """Write an outbox message for up to `limit` queued jobs of a class that have none and whose last one was written long ago; returns how many.
 
     Jobs of a tenant that runs as many as it may are left out: the end of each of those publishes the next one.
     """
@@ -322,6 +321,8 @@ def publish_stale(session: Session, queue: str, older_than_seconds: float, limit
     rows = session.execute(query).all()
     for row in rows:
         _publish_again(session, row.id, row.tenant_id)
+    written = update(Job).where(Job.id.in_([row.id for row in rows])).values(published_at=db_now())
+    session.execute(written, execution_options=UNSYNCHRONIZED)
     return len(rows)
 
 

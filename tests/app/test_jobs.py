@@ -347,7 +347,7 @@ def test_a_failed_job_is_tried_again(api: Api) -> None:
         assert (row.ran_seconds, row.claimed_at, row.cancel_requested_at) == (0, None, None)
         assert row.start_by is not None
         assert row.start_by > datetime.now(UTC) + timedelta(minutes=9)
-    jobs.wait_until(lambda: jobs.get(api.database, job_id).published_at, what="its message")
+    jobs.wait_until(lambda: not jobs.outbox(api.database), what="its message")
     refused = api.post(f"/v1/jobs/{job_id}/retry")
     assert (refused.status_code, refused.json()["code"]) == (409, "job_not_retryable")
     lease = api.start(job_id)

@@ -257,7 +257,7 @@ def test_stale_means_published_long_ago_and_not_in_the_outbox(database: Database
     waiting, published = jobs.submit(database), jobs.submit(database)
     with database.writing() as session:
         messages = [message for message in leases.take_outbox(session, 10) if message.job_id == published]
-        leases.mark_published(session, messages)
+        leases.delete_messages(session, messages)
     with database.writing() as session:
         assert leases.publish_stale(session, "default", 30, 10) == 0
         session.execute(update(Job).values(published_at=db_now(-31)))
@@ -369,7 +369,7 @@ def test_the_end_of_a_capped_tenant_s_job_publishes_its_next(database: Database)
     assert lease is not None
     assert lease.job_id == first
     with database.writing() as session:
-        leases.mark_published(session, leases.take_outbox(session, 10))
+        leases.delete_messages(session, leases.take_outbox(session, 10))
         session.execute(update(Job).values(published_at=db_now(-60)))
     with database.writing() as session:
         assert leases.publish_stale(session, "default", 30, 10) == 0  # in vain, as long as the first one runs
@@ -379,7 +379,7 @@ def test_the_end_of_a_capped_tenant_s_job_publishes_its_next(database: Database)
         assert session.get_one(Job, second).state == "queued"
     assert claim_next(database, worker()) is not None
     with database.writing() as session:
-        leases.mark_published(session, leases.take_outbox(session, 10))
+        leases.delete_messages(session, leases.take_outbox(session, 10))
         session.execute(update(Job).where(Job.id == third).values(max_attempts=1, lease_until=db_now(-1)))
     assert reap(database) == [third]
     with database.reading() as session:

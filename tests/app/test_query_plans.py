@@ -56,7 +56,7 @@ QUERIES: dict[str, Query] = {
     "work waits": lambda session: lease.work_waits(session, WORKER),
     "reap": lease.reap,
     "give up": lease.give_up,
-    "outbox": lambda session: lease.mark_published(session, lease.take_outbox(session, 100)),
+    "outbox": lambda session: lease.delete_messages(session, lease.take_outbox(session, 100)),
     "deliveries": lambda session: deliveries.take(session, [], 10, 60),
     "audit": lambda session: list_entries(session, TENANT, AuditFilter(), None, 20),
 }

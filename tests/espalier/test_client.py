@@ -178,6 +178,7 @@ def test_wait_gives_up_on_a_long_outage(service: Service) -> None:
         def go_away(job: Job) -> None:
             network.close()
             network.cut_after = 0
+            service.start(job_id)  # an answer to be cut
 
         with pytest.raises(UnreachableError):
             client.wait(job_id, on_progress=go_away, patience=0.5)

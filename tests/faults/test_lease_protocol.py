@@ -110,7 +110,7 @@ class Protocol(RuleBasedStateMachine):
                 self.messages += len(taken)
                 if dies:
                     raise KeyboardInterrupt
-                leases.mark_published(session, taken)
+                leases.delete_messages(session, taken)
         except KeyboardInterrupt:
             pass
 

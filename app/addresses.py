@@ -113,7 +113,7 @@ async def resolve(address: Address, allowed: Sequence[Network], resolver: Resolv
         raise AddressError(
             f"The host '{address.host}' has an address that is not public.",
             code="address_not_public",
-            hint="Use a public address; an operator may allow networks of their own by ESPALIER_WEBHOOK_NETWORKS.",
+            hint="Use a public address; an operator may allow networks by ESPALIER_WEBHOOK_NETWORKS or ESPALIER_SINK_NETWORKS.",
         )
     return found
 

@@ -62,8 +62,10 @@ class Dispatcher:
 
     def _run(self, step: Callable[[], None], alarm: threading.Event) -> None:
         pause = self._settings.sweep_seconds
-        while not self._stopping.is_set():
+        while True:
             alarm.clear()
+            if self._stopping.is_set():  # asked after the alarm is cleared, so that the one that `stop` gives is not lost
+                return
             if self._try(step):
                 pause = self._settings.sweep_seconds
                 alarm.wait(pause)

@@ -50,6 +50,9 @@ class Job(Base):
     __table_args__ = (
         CheckConstraint("state IN ('queued', 'running', 'cancelling', 'succeeded', 'failed', 'cancelled')", name="state"),
         Index("ix_jobs_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
+        Index("ix_jobs_tenant_id_state_created_at_id", "tenant_id", "state", "created_at", "id"),
+        Index("ix_jobs_tenant_id_model_created_at_id", "tenant_id", "model", "created_at", "id"),
+        Index("ix_jobs_metadata", "metadata", postgresql_using="gin", postgresql_ops={"metadata": "jsonb_path_ops"}),
         Index("ix_jobs_state_lease_until", "state", "lease_until"),
         Index("ix_jobs_start_by", "start_by", postgresql_where=TO_START, sqlite_where=TO_START),
     )

@@ -158,7 +158,8 @@ class Attempt:
             outcome = self._step(space, *FETCH, model, answer, self._lease.tenant_id)
             if outcome.kind == "crashed":
                 log.error("fetch failed", said=outcome.said)
-                outcome = Outcome("crashed", {"code": "hub_unavailable", "message": f"'{model}' could not be fetched.", "hint": "Try again in a while."})
+                code = "store_unavailable" if model.startswith(("ckpt_", "s3://")) else "hub_unavailable"
+                outcome = Outcome("crashed", {"code": code, "message": f"'{model}' could not be fetched.", "hint": "Try again in a while."})
             _must_succeed(outcome)
             fetched = json.loads(answer.read_text(encoding="utf-8"))
             folder = Path(fetched["folder"])

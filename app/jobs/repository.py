@@ -8,7 +8,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Insert, Select, String, bindparam, case, delete, exists, func, insert, literal, select, tuple_, update
+from sqlalchemy import ColumnElement, Insert, Select, String, bindparam, case, delete, exists, func, insert, literal, select, tuple_, type_coerce, update
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, defer, joinedload, lazyload
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.sql.dml import ReturningInsert
@@ -166,8 +167,10 @@ def list_jobs(session: Session, tenant_id: str, wanted: JobFilter, before: tuple
         query = query.where(Job.created_at > wanted.created_after)
     if wanted.created_before is not None:
         query = query.where(Job.created_at < wanted.created_before)
-    for name, value in wanted.labels:
-        query = query.where(Job.labels[name].as_string() == value)
+    if wanted.labels and session.get_bind().dialect.name == "postgresql":
+        query = query.where(type_coerce(Job.labels, JSONB).contains(dict(wanted.labels)))  # along an index, which SQLite has not
+    else:
+        query = query.where(*(Job.labels[name].as_string() == value for name, value in wanted.labels))
     if before is not None:
         query = query.where(tuple_(Job.created_at, Job.id) < tuple_(literal(before[0], UtcDateTime()), literal(before[1])))
     return session.scalars(query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, field_validator
 
 from app import models
 from app.estimate import Estimate
@@ -17,6 +17,7 @@ from app.sinks.schemas import MAX_SINKS, Sink, SinkRun
 from app.webhooks.schemas import WEBHOOK_ID
 
 MAX_LABELS = 16
+MAX_MODEL_BYTES = 1024  # in UTF-8
 LabelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 LabelValue = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\x00]*$")]
 Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=MAX_LABELS, json_schema_extra={"additionalProperties": False})]
@@ -32,6 +33,14 @@ class Submission(Recipe):
         description="A hub id, the id of an uploaded checkpoint (`ckpt_…`), or the path of a local one below a root that the operator allows.",
         examples=["HuggingFaceTB/SmolLM2-135M"],
     )
+
+    @field_validator("model")
+    @classmethod
+    def _fits_an_index(cls, model: str) -> str:
+        if len(model.encode()) > MAX_MODEL_BYTES:
+            raise ValueError(f"the model's name is longer than {MAX_MODEL_BYTES} bytes")
+        return model
+
     queue: str = Field(
         "default",
         pattern=QUEUE,

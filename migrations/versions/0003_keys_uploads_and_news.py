@@ -28,6 +28,9 @@ def upgrade() -> None:
     op.add_column("api_keys", sa.Column("last_used_at", Time))
     op.add_column("jobs", sa.Column("metadata", Json, nullable=False, server_default="{}"))
     op.add_column("jobs", sa.Column("webhook_id", sa.String(64)))
+    for column in ("state", "model"):
+        op.create_index(f"ix_jobs_tenant_id_{column}_created_at_id", "jobs", ["tenant_id", column, "created_at", "id"])
+    op.create_index("ix_jobs_metadata", "jobs", ["metadata"], postgresql_using="gin", postgresql_ops={"metadata": "jsonb_path_ops"})
     op.create_table(
         "idempotency_keys",
         sa.Column("tenant_id", sa.String(64), sa.ForeignKey("tenants.id"), primary_key=True),
@@ -137,6 +140,9 @@ def upgrade() -> None:
 def downgrade() -> None:
     for table in ("sink_runs", "checkpoint_parts", "checkpoint_files", "checkpoints", "deliveries", "webhooks", "audit_log", "idempotency_keys"):
         op.drop_table(table)
+    op.drop_index("ix_jobs_metadata", "jobs")
+    for column in ("model", "state"):
+        op.drop_index(f"ix_jobs_tenant_id_{column}_created_at_id", "jobs")
     op.drop_column("jobs", "webhook_id")
     op.drop_column("jobs", "metadata")
     op.drop_column("api_keys", "last_used_at")

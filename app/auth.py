@@ -205,22 +205,16 @@ async def _known_keys(request: Request) -> KnownKeys:
     return keys
 
 
-async def _rates(request: Request) -> Rates:
-    rates: Rates = request.app.state.rates
-    return rates
-
-
 OpenKeys = Annotated[KnownKeys, Depends(_known_keys)]
-OpenRates = Annotated[Rates, Depends(_rates)]
 bearer = HTTPBearer(auto_error=False, scheme_name="API key", bearerFormat="esp_<id>_<secret>", description="`Authorization: Bearer esp_<id>_<secret>`")
 
 
-async def authenticate(
-    needed: SecurityScopes, request: Request, keys: OpenKeys, rates: OpenRates, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
-) -> Caller:
+async def authenticate(needed: SecurityScopes, request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Caller:
     """The caller, if its key has every scope that the endpoint needs, `admin` has them all, and has not called too often."""
     if credentials is None:
         raise _unauthenticated("key_missing", "The request carries no API key.")
+    keys: KnownKeys = request.app.state.keys  # each of them as a dependency would cost more than what it is asked
+    rates: Rates = request.app.state.rates
     caller = await _caller(credentials.credentials, request, keys, rates)
     bind_request(tenant_id=caller.tenant_id, key_id=caller.key_id)
     request.state.headers = await rates.count(request.method, caller.tenant_id, caller.key_id)

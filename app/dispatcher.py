@@ -5,7 +5,6 @@ Runs in threads of the API, in as many processes as there are, and alone as `pyt
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,12 +12,13 @@ from collections.abc import Callable
 import structlog
 
 from app import queue
+from app.background import run
 from app.checkpoints.verifying import keep_verifying
 from app.database import Database
 from app.jobs import lease
 from app.queues import repository as workers
 from app.retention import keep_tidy
-from app.settings import Settings, get_settings
+from app.settings import Settings
 from app.webhooks.sending import keep_sending
 
 BATCH = 100
@@ -128,21 +128,5 @@ class Dispatcher:
                 return
 
 
-def main() -> None:
-    from app.logging import configure
-
-    configure()
-    settings = get_settings()
-    database = Database(settings.database_url.get_secret_value())
-    dispatcher = Dispatcher(database, settings)
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    dispatcher.start()
-    stopped.wait()
-    dispatcher.stop()
-    database.dispose()
-
-
 if __name__ == "__main__":
-    main()
+    run(Dispatcher)

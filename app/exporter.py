@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -21,12 +20,14 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from app import totals
+from app.background import run
 from app.database import Database
 from app.jobs.lease import LeaseLost
 from app.jobs.repository import list_artifacts
 from app.models import Job
 from app.processes import dies_with
-from app.settings import Settings, get_settings
+from app.settings import Settings
 from app.sinks import lease
 from app.sinks.lease import Turn
 from app.vault import Vault
@@ -100,8 +101,9 @@ class Exporter:
         if turn is None:
             return False
         with structlog.contextvars.bound_contextvars(job_id=turn.job_id, tenant_id=turn.tenant_id, sink=turn.number, attempt=turn.tries):
+            began = time.monotonic()
             try:
-                self._settle(turn, self._make_try(turn))
+                self._settle(turn, self._make_try(turn), began)
             except LeaseLost:
                 log.warning("sink lost")
         return True
@@ -161,7 +163,7 @@ class Exporter:
             return False
         return True
 
-    def _settle(self, turn: Turn, answer: dict[str, Any] | None) -> None:
+    def _settle(self, turn: Turn, answer: dict[str, Any] | None, began: float) -> None:
         error = (answer or {}).get("error")
         with self._database.writing() as session:
             if answer is None:
@@ -177,6 +179,8 @@ class Exporter:
                 outcome = "to be tried again"
                 pause = self._settings.sink_retry_seconds * 2 ** (turn.tries - 1) * random.uniform(0.9, 1.1)  # noqa: S311  it only spreads the load
                 lease.retry(session, turn, pause, error)
+            if answer is not None:
+                totals.observe(session, totals.SINK_SECONDS, time.monotonic() - began, totals.SINK_BOUNDS, sink=turn.name)
         log.info("sink tried", name=turn.name, outcome=outcome, code=error and error["code"])
 
 
@@ -213,21 +217,5 @@ def _answer(said: bytes) -> dict[str, Any]:
     return answer if isinstance(answer, dict) else {"error": CRASHED, "final": False}
 
 
-def main() -> None:
-    from app.logging import configure
-
-    configure()
-    settings = get_settings()
-    database = Database(settings.database_url.get_secret_value())
-    exporter = Exporter(database, settings)
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    exporter.start()
-    stopped.wait()
-    exporter.stop()
-    database.dispose()
-
-
 if __name__ == "__main__":
-    main()
+    run(Exporter)

@@ -22,6 +22,7 @@ from app.source import FLOAT_BYTES, TOKENIZER_FILES, Source
 LIBRARIES = 270_000_000  # torch, transformers and what they import, in a process that has not computed anything
 WARM = 50_000_000  # buffers of threads and kernels, and the heap's holes, once it has
 DRIVER = 500_000_000  # CUDA's own on a device
+PASSING_BYTES = 128 * 2**20  # hidden states up to this size stay on a device during a pass that nothing goes on from
 PER_TOKENIZER_BYTE = 18  # while tokenizer.json is read
 PER_TEXT_BYTE, KEPT_PER_TEXT_BYTE = 135, 25  # while a text is tokenised, and afterwards
 BUNDLED_TEXT_BYTES = {"c4": 332_173, "wiki": 2_093_275}
@@ -164,11 +165,12 @@ def _tensors_by_phase(recipe: Recipe, sizes: Sizes, *, on_device: bool) -> dict[
     own_cast = F32 if on_device or _item_written(recipe, sizes) != F32 else 0
 
     def passed(windows: int, length: int, cast: int = cast) -> int:
-        return max(cast * sizes.block + _activations(sizes, windows, length), head + _logits(sizes, min(length, TOKENS_PER_HEAD)))
+        states = _states(sizes, windows, length) if on_device else 0
+        return states + max(cast * sizes.block + _activations(sizes, windows, length), head + _logits(sizes, min(length, TOKENS_PER_HEAD)))
 
     checked = round(left_of_blocks(recipe, sizes) * min(BLOCKS_CHECKED, sizes.layers) * sizes.block) + sizes.outer
     trial = own_cast * checked + head + 2 * F32 * TOKENS_CHECKED * sizes.vocab
-    held = {"prune": _pruning(recipe, sizes, cast), "verify": max(trial, passed(1, TOKENS_CHECKED, own_cast))}
+    held = {"prune": _pruning(recipe, sizes, cast, on_device=on_device), "verify": max(trial, passed(1, TOKENS_CHECKED, own_cast))}
     evaluation, recovery = recipe.evaluation, recipe.recovery
     if evaluation is not None:
         held |= {"evaluate_dense": passed(evaluation.windows, evaluation.sequence_length)}
@@ -191,6 +193,12 @@ def _activations(sizes: Sizes, windows: int, length: int) -> int:
     return F32 * (tokens * (3 * sizes.width + 4 * sizes.hidden) + scores)
 
 
+def _states(sizes: Sizes, windows: int, length: int) -> int:
+    """Hidden states on a device: two rooms for the embedded text, two for a pass."""
+    room = F32 * windows * length * sizes.hidden
+    return 4 * room if room <= PASSING_BYTES else 0
+
+
 def _logits(sizes: Sizes, tokens: int) -> int:
     """Logits of some tokens, their probabilities, and the part of the head's matrix that is float32."""
     rows = 0 if sizes.is_f32 else min(HEAD_ROWS_AT_ONCE, sizes.vocab) * sizes.embedding
@@ -200,7 +208,7 @@ def _logits(sizes: Sizes, tokens: int) -> int:
 # ----------------------------------------------------------------------- pruning
 
 
-def _pruning(recipe: Recipe, sizes: Sizes, cast: int) -> int:
+def _pruning(recipe: Recipe, sizes: Sizes, cast: int, *, on_device: bool) -> int:
     calibration = recipe.calibration
     activations = _activations(sizes, calibration.samples, calibration.sequence_length) if recipe.calibrates else 0
     surveyed = _surveying(recipe, sizes, cast, activations)
@@ -210,6 +218,9 @@ def _pruning(recipe: Recipe, sizes: Sizes, cast: int) -> int:
     sliced = round(left_of_blocks(recipe, sizes) * sizes.item * sizes.block)
     if isinstance(recipe.method, Bonsai):
         head = _logits(sizes, min(calibration.sequence_length, TOKENS_PER_HEAD))
+        if on_device:  # which holds the blocks from one sub-model to the next
+            held = sizes.item * (sizes.layers * sizes.block + sizes.head) + _states(sizes, calibration.samples, calibration.sequence_length)
+            return held + max(surveyed, head)
         surveyed = sliced + max(surveyed + _choosing(recipe.method, sizes), head)
     in_turn = recipe.restoration is not None or (isinstance(recipe.method, Scored) and recipe.method.inputs == "pruned")
     slicing = _slicing_in_turn(recipe, sizes, cast, activations, sliced) if in_turn else sliced + _written_copy(recipe, sizes)

@@ -1,8 +1,8 @@
 """`/metrics` for Prometheus, behind a token of its own: it tells of all tenants, so no API key opens it.
 
-Whatever concerns jobs, workers and the outbox comes from the database, the same from every API process: sum nothing over processes there, take the maximum.
-Only `espalier_http_…` and `process_…` are of the process that answers. Where several share a port (`uvicorn --workers`), set PROMETHEUS_MULTIPROC_DIR to an empty
-directory, and each of them answers for all; `process_…` is left out then.
+Whatever concerns jobs, workers, the outbox, webhooks and sinks comes from the database, the same from every API process: sum nothing over processes there, take
+the maximum. Only `espalier_http_…` and `process_…` are of the process that answers. Where several share a port (`uvicorn --workers`), set
+PROMETHEUS_MULTIPROC_DIR to an empty directory, and each of them answers for all; `process_…` is left out then.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from app.database import Database, UtcDateTime, db_now, seconds_between
 from app.dependencies import Configuration
 from app.exceptions import AuthenticationError
 from app.jobs.repository import COUNTED
-from app.models import Job, OutboxMessage, Worker
+from app.models import Delivery, Job, OutboxMessage, SinkRun, Worker
 from app.probing import Probe
 from app.settings import Settings
-from app.webhooks.deliveries import OUTCOMES
+from app.sinks import lease as sinks
+from app.sinks.schemas import SINK_NAMES
+from app.webhooks import deliveries as news
 
 KEEP_SECONDS = 5.0  # for which figures from the database are given again
 WAIT_SECONDS = 5.0  # for them, before the rest is told without
@@ -100,7 +102,7 @@ def _collect(database: Database, settings: Settings) -> list[Metric]:
         if session.get_bind().dialect.name == "postgresql":
             session.connection(execution_options={"isolation_level": "READ COMMITTED"})  # a transaction, to whose end SET LOCAL holds
             session.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_SECONDS}s'"))
-        return [*_of_queues(session, settings), *_of_outbox(session), *_of_workers(session, settings), *_of_totals(session, settings)]
+        return [*_of_queues(session, settings), *_of_outbox(session), *_of_waiting(session), *_of_workers(session, settings), *_of_totals(session, settings)]
 
 
 def _of_queues(session: Session, settings: Settings) -> Iterator[Metric]:
@@ -120,6 +122,21 @@ def _of_outbox(session: Session) -> Iterator[Metric]:
     size, lag = session.execute(select(func.count(), age).select_from(OutboxMessage)).one()
     yield GaugeMetricFamily("espalier_outbox_size", "Messages that are not yet published.", size)
     yield GaugeMetricFamily("espalier_outbox_lag_seconds", "Age of the oldest message that is not yet published.", max(0.0, lag or 0.0))
+
+
+def _of_waiting(session: Session) -> Iterator[Metric]:
+    """What is to be done after jobs. It is late by the time since its next try was due; whoever makes one puts the next off."""
+    late = seconds_between(func.min(Delivery.next_at, type_=UtcDateTime()), db_now())
+    number, seconds = session.execute(select(func.count(), late).where(Delivery.state == "waiting")).one()
+    yield GaugeMetricFamily("espalier_deliveries_waiting", "News that webhooks have not taken yet.", number)
+    yield GaugeMetricFamily("espalier_deliveries_lag_seconds", "How late the next try to send news is, at most.", max(0.0, seconds or 0.0))
+    late = seconds_between(func.min(SinkRun.next_at, type_=UtcDateTime()), db_now())
+    query = select(SinkRun.name, func.count(), late).where(SinkRun.state == "waiting").group_by(SinkRun.name)
+    found = {name: (number, max(0.0, seconds)) for name, number, seconds in session.execute(query)}
+    waiting: dict[tuple[str, ...], tuple[int, float]] = {(name,): found.get(name, (0, 0.0)) for name in SINK_NAMES}
+    yield _gauge("espalier_sinks_waiting", "Sinks that results have not reached yet.", ("sink",), {key: number for key, (number, _) in waiting.items()})
+    lags = {key: seconds for key, (_, seconds) in waiting.items()}
+    yield _gauge("espalier_sinks_lag_seconds", "How late the next try at a sink is, at most.", ("sink",), lags)
 
 
 def _of_workers(session: Session, settings: Settings) -> Iterator[Metric]:
@@ -165,10 +182,17 @@ def _of_totals(session: Session, settings: Settings) -> Iterator[Metric]:
         events.add_metric(key, value)
     yield events
     deliveries = CounterMetricFamily(totals.DELIVERIES, "Tries to send news to webhooks, by what came of them; `failed`: given up.", labels=("outcome",))
-    came = dict.fromkeys(OUTCOMES, 0.0) | {labels["outcome"]: value for labels, value in counted[totals.DELIVERIES]}
+    came = dict.fromkeys(news.OUTCOMES, 0.0) | {labels["outcome"]: value for labels, value in counted[totals.DELIVERIES]}
     for outcome, value in came.items():
         deliveries.add_metric((outcome,), value)
     yield deliveries
+    tries = CounterMetricFamily(totals.SINK_TRIES, "Tries at sinks, by what came of them; `failed`: given up.", labels=("sink", "outcome"))
+    tried = {(name, outcome): 0.0 for name in SINK_NAMES for outcome in sinks.OUTCOMES}
+    tried |= {(labels["sink"], labels["outcome"]): value for labels, value in counted[totals.SINK_TRIES]}
+    for labelled, value in tried.items():
+        tries.add_metric(labelled, value)
+    yield tries
+    yield _histogram(totals.SINK_SECONDS, "Time of a try at a sink.", ("sink",), totals.SINK_BOUNDS, counted)
     phase = "Time of an attempt's phases, once the attempt has ended."
     yield _histogram(totals.PHASE_SECONDS, phase, ("queue", "phase"), totals.PHASE_BOUNDS, counted)
     engine = "Highest anonymous resident memory of the engines of jobs that succeeded."

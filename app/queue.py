@@ -15,7 +15,7 @@ from typing import Any
 from celery import Celery
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import ChannelError
-from kombu.transport import TRANSPORT_ALIASES, filesystem
+from kombu.transport import TRANSPORT_ALIASES, filesystem, redis, virtual
 from kombu.utils.json import dumps, loads
 
 from app.settings import Settings
@@ -52,6 +52,23 @@ class Transport(filesystem.Transport):
 
 
 TRANSPORT_ALIASES["filesystem"] = f"{__name__}:Transport"
+
+
+class QoS(redis.QoS):
+    """Kombu's count of the messages that a worker holds, where one whose acknowledgement failed is held no longer.
+
+    Celery logs that failure and goes on. A worker that still counted the message would be at its limit for ever: it would neither ask for another one nor
+    find that its connection was lost.
+    """
+
+    def ack(self, delivery_tag: str) -> None:
+        try:
+            super().ack(delivery_tag)  # type: ignore[no-untyped-call, unused-ignore]
+        finally:
+            virtual.QoS.ack(self, delivery_tag)
+
+
+redis.Channel.QoS = QoS
 
 
 def of_class(name: str) -> str:

@@ -118,14 +118,18 @@ class Rates:
 
     async def _take(self, limit: RateLimitItem, *who: str) -> tuple[bool, int, int]:
         """-> whether one more was allowed, how many more are, and seconds until there are more again."""
-        own, now = self._own.pop(who, None), time.monotonic()
-        untold = own.untold if own is not None and now - own.heard_at < limit.get_expiry() else 0
+        now = time.monotonic()
+        if who not in self._own:
+            while len(self._own) >= MAX_OWN_COUNTS:
+                self._own.pop(next(iter(self._own)))
+            self._own[who] = OwnCount(0, now, -math.inf)
+        own = self._own[who]
+        untold = own.untold if now - own.heard_at < limit.get_expiry() else 0
+        own.untold, own.heard_at = 0, now  # where much is left, others count by themselves while Redis is asked
         within = await self._limiter.hit(limit, *who, cost=1 + untold)
         stats = await self._limiter.get_window_stats(limit, *who)
         seconds = _seconds_to(stats)
-        while len(self._own) >= MAX_OWN_COUNTS:
-            self._own.pop(next(iter(self._own)))
-        self._own[who] = OwnCount(stats.remaining, now + seconds, now)
+        own.left, own.resets_at, own.heard_at = stats.remaining, now + seconds, now
         return within, stats.remaining, seconds
 
     async def _ask(self, question: Coroutine[Any, Any, T]) -> T | None:

@@ -1,4 +1,5 @@
-"""What is deleted of the object store: results that are too old, or more than their tenant may keep, and files that no job has use for.
+"""What is deleted as time goes by, above all of the object store: results that are too old, or more than their tenant may keep, and files that no job has
+use for.
 
 A result is given up in one transaction, which takes the pointer to its files off the job's row; row, report and manifest stay. The files go after that, and where
 that fails, or whoever does it dies, the sweep finds files that no row points to. It also finds what lost workers left. It looks only at tenants of this database.
@@ -8,9 +9,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import chain
+from typing import TypeVar
 
 import structlog
 from sqlalchemy import Row, Select, and_, func, literal, or_, select, update
@@ -18,6 +20,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from app import idempotency
+from app.audit import repository as audit
 from app.checkpoints import repository as checkpoints
 from app.database import Database, db_now
 from app.jobs.repository import add_event
@@ -25,11 +28,12 @@ from app.models import FINISHED, RETRIED, Artifact, Job, Tenant
 from app.settings import Settings
 from app.storage import Store, open_store
 
-BATCH = 100  # results given up in one transaction
+BATCH = 100  # rows of one transaction
 DAY = 24 * 3600
 LEADER_LOCK = 4_771_020_602  # any number that nothing else locks
 KEY = re.compile(r"[^/]+/jobs/(?P<job>[^/]+)/(a(?P<token>\d+)/)?.+")
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
@@ -59,40 +63,39 @@ def leads(connection: Connection) -> bool:
 
 
 def tidy(database: Database, store: Store, settings: Settings, stopping: threading.Event) -> None:
-    """Give up results past their bounds, then delete what no job has use for; ends early once `stopping` is set."""
+    """Forget old entries, give up results past their bounds, then delete what no job has use for; ends early once `stopping` is set."""
     with database.writing() as session:
         idempotency.forget(session)
-    while not stopping.is_set():
-        with database.writing() as session:
-            counted = count_bytes(session, BATCH)
-        if counted < BATCH:
-            break
-    while not stopping.is_set():
-        with database.writing() as session:
-            prefixes = give_up_results(session, settings, BATCH)
-        for prefix in prefixes:
-            store.delete_prefix(prefix)
-        if len(prefixes) < BATCH:
-            break
-    while not stopping.is_set():
-        with database.writing() as session:
-            prefixes = checkpoints.give_up(session, settings.upload_days, BATCH)
-        for prefix in prefixes:
-            store.delete_prefix(prefix)
-        if len(prefixes) < BATCH:
-            break
+    if settings.audit_days:
+        _in_batches(database, stopping, lambda session: audit.forget(session, settings.audit_days, BATCH))
+    _in_batches(database, stopping, lambda session: count_bytes(session, BATCH))
+    _in_batches(database, stopping, lambda session: give_up_results(session, settings, BATCH), store.delete_prefix)
+    _in_batches(database, stopping, lambda session: checkpoints.give_up(session, settings.upload_days, BATCH), store.delete_prefix)
     delete_orphans(database, store, settings, stopping)
+
+
+def _in_batches(
+    database: Database, stopping: threading.Event, step: Callable[[Session], Sequence[T]], follow: Callable[[T], object] = lambda done: None
+) -> None:
+    """Take a step, each time in a transaction of its own, until it finds less than a batch; what follows is done once the transaction is committed."""
+    while not stopping.is_set():
+        with database.writing() as session:
+            done = step(session)
+        for each in done:
+            follow(each)
+        if len(done) < BATCH:
+            return
 
 
 # ------------------------------------------------------------------- results
 
 
-def count_bytes(session: Session, limit: int) -> int:
-    """Fill in the bytes of up to `limit` results that a worker of an earlier release stored; returns how many."""
+def count_bytes(session: Session, limit: int) -> Sequence[str]:
+    """Fill in the bytes of up to `limit` results that a worker of an earlier release stored; returns the jobs' ids."""
     taken = select(func.sum(Artifact.bytes)).where(Artifact.job_id == Job.id).scalar_subquery()
     uncounted = select(Job.id).where(Job.artifact_prefix.is_not(None), Job.stored_bytes == 0, taken > 0).limit(limit)
     counted = update(Job).where(Job.id.in_(uncounted)).values(stored_bytes=taken).returning(Job.id)
-    return len(session.scalars(counted, execution_options={"synchronize_session": False}).all())
+    return session.scalars(counted, execution_options={"synchronize_session": False}).all()
 
 
 def give_up_results(session: Session, settings: Settings, limit: int) -> list[str]:

@@ -80,6 +80,8 @@ class Settings(BaseSettings):
     retention_seconds: float = Field(600, gt=0, description="Seconds between two rounds that delete results past these bounds, and stored files of no job.")
     orphan_seconds: float = Field(3600, ge=0, description="Age, in seconds, below which a stored file that belongs to no job is left alone.")
 
+    audit_days: int = Field(365, ge=0, description="Days after which entries of the audit log are deleted. 0: never.")
+
     upload_part_bytes: int = Field(
         64 * 2**20,
         ge=2**16,

@@ -1,4 +1,4 @@
-"""Counts of what happened to jobs, kept in the database and written in the transaction in which it happened: right whichever process tells them.
+"""Counts of what happened to jobs and after them, kept in the database and written in the transaction in which it happened: right whichever process tells them.
 
 A count is spread over a few rows, so that workers that end their jobs at the same time do not wait for each other. Rows are written in one order, so that
 none wait for ever.
@@ -26,6 +26,9 @@ UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]")  # in a label's value
 LABEL_LENGTH = 64
 EVENTS = "espalier_job_events"
 DELIVERIES = "espalier_deliveries"
+SINK_TRIES = "espalier_sink_tries"
+SINK_SECONDS = "espalier_sink_seconds"
+SINK_BOUNDS = (1, 5, 15, 60, 300, 900, 3600, 3 * 3600)
 PHASE_SECONDS = "espalier_phase_seconds"
 PHASE_BOUNDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600)
 ENGINE_BYTES = "espalier_engine_memory_bytes"

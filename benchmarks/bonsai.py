@@ -36,10 +36,10 @@ from app.recipe import Bonsai, Evaluation, Recipe
 from app.recovery import RECOVERY_PRESETS, LoRA
 from app.report import LayerReport
 from app.source import read_source
-from benchmarks.results import HERE, keep, stored
+from benchmarks.results import HERE, ON_CPU, keep, stored
 from benchmarks.winogrande import accuracy
 from espalier.demo import converted_model
-from worker.blocks import BlockStream
+from worker.blocks import BlockStream, default_device
 from worker.checkpoint import finish
 from worker.data import leading_windows, random_windows, tokenize
 from worker.evaluation import perplexity
@@ -398,10 +398,10 @@ def speed(setting: Setting) -> None:
                 keep_row("speed", {"name": name, **clock.rounds(), **measured(pruned.folder, setting)})
     if setting.rows.search("naive"):
         recipe = setting.recipe(code, TIMED_FRACTION)
-        model = transformers.AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32).eval()
-        seconds = prune_naively(model, setting.tokens(recipe), recipe, TIMED_FRACTION)
-        kept = sum(parameter.numel() for name, parameter in model.named_parameters() if "embed" not in name and "head" not in name)
-        value = perplexity_of(model, setting.windows())
+        model = transformers.AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32).eval().to(default_device())
+        seconds = prune_naively(model, setting.tokens(recipe).to(model.device), recipe, TIMED_FRACTION)
+        kept = _non_embedding(model)
+        value = perplexity_of(model, setting.windows().to(model.device))
         row = {"name": "naive", "rounds": seconds, "masks": [setting.masks] * len(seconds), "perplexity": value, "parameters": kept}
         keep_row("speed", row)
 
@@ -505,7 +505,7 @@ def memory(setting: Setting) -> None:
     for kind in WATCHED:
         if setting.rows.search(kind):
             command = [sys.executable, "-m", "benchmarks.bonsai", "--watch", kind, "--model", str(setting.model), "--data", str(setting.data)]
-            ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+            ended = subprocess.run(command, cwd=REPOSITORY, env=ON_CPU, capture_output=True, text=True, check=True)
             keep_row("memory", {"name": kind, "bytes": json.loads(ended.stdout.splitlines()[-1])})
 
 

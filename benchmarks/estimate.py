@@ -4,13 +4,14 @@
 
 SmolLM2-135M-Instruct with few tokens, so that each row takes less than a minute of a core, and once with the recipe's own sizes; a random Llama of two wide
 layers in bfloat16. The engine is told that it may hold a quarter more than predicted, so that it tries no whole model where that would take more. The large
-checkpoints that benchmarks/large.py measured are predicted from headers alone. Results go to `benchmarks/engine.json` and `README.md`, one by one; with
+checkpoints that benchmarks/large.py measured are predicted from headers alone. Where there is a GPU, only its memory is looked at, CUDA's own reckoned in. Results go to `benchmarks/engine.json` and `README.md`, one by one; with
 `--rows`, rows with other names stay as they were measured before.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from app.estimate import Estimate, estimate
+from app.footprint import DRIVER
 from app.recipe import Recipe
 from app.source import read_source
 from benchmarks.large import recipe_of as recipe_of_large
@@ -101,6 +103,9 @@ def measure(model: str, name: str, recipe: Recipe, path: Path, folder: Path) -> 
     with tempfile.TemporaryDirectory(dir=folder) as out, watching_disk(Path(out)) as disk:
         found = watch(recipe, path, Path(out), "--memory", str(round(ALLOWED * predicted.host_bytes)))
         output = bytes_on_disk(Path(out, "out", "checkpoint"))
+        on_device = json.loads(Path(out, "out", "report.json").read_text(encoding="utf-8"))["peak_device_bytes"]
+    if on_device is not None:  # the host's memory is predicted for machines without a GPU
+        return {"model": model, "name": name, "sizes": {"device": [predicted.device_bytes, DRIVER + on_device]}}
     peaks = {phase: of_phase["family"] for phase, of_phase in found["phases"].items()}
     files = {"disk": [predicted.disk_bytes, max(disk)], "output": [predicted.output_bytes, output]}
     return {"model": model, "name": name, "sizes": _sizes(predicted, peaks) | files}
@@ -160,11 +165,11 @@ def _keep(row: dict[str, Any]) -> None:
     rows = stored().get("estimate", [])
     places = [place for place, earlier in enumerate(rows) if (earlier["model"], earlier["name"]) == (row["model"], row["name"])]
     if places:
-        rows[places[0]] = row
+        rows[places[0]] = row | {"sizes": rows[places[0]]["sizes"] | row["sizes"]}
     else:
         rows.append(row)
     keep("estimate", rows)
-    predicted, measured = row["sizes"]["peak"]
+    predicted, measured = row["sizes"].get("device") or row["sizes"]["peak"]
     print(f"{row['model']}, {row['name']}: {predicted / 1e6:.0f} MB predicted, {measured / 1e6:.0f} MB measured", flush=True)
 
 

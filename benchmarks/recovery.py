@@ -1,6 +1,6 @@
 """Recovery on SmolLM2-135M: what each brings back of what pruning lost, at one number of tokens and at a tuned learning rate; and its memory.
 
-    python -m benchmarks.recovery [--data FOLDER] [--only tuning|quality|memory] [--bases REGEX] [--rows REGEX] [--steps 30] [--tuning-steps 30] [--again]
+    python -m benchmarks.recovery [--data FOLDER] [--only tuning|quality|timing|memory] [--bases REGEX] [--rows REGEX] [--steps 30] [--tuning-steps 30] [--again]
 
 FOLDER holds `wiki.valid.raw` (calibration and training, but for its last windows, which are held out) and `wiki.test.raw` (evaluation) of WikiText-2. Pruned models
 stay in `var/bench/recovery/`, a folder each, and are pruned again only when the model or the recipe is another one. Results go to `benchmarks/engine.json`, and from there into `benchmarks/README.md`, row by row as soon as they are there; a row that
@@ -9,6 +9,8 @@ remove the folder and say `--again`.
 
 Every contender's learning rate is tuned: on 50% magnitude for the masked models, on CFSP for those with parts removed. It is the one with the lowest loss on the
 held-out windows; the grid grows while the best is at its edge. `quality` tunes first what isn't tuned. The evaluated text is never chosen by.
+
+Where rows were measured by several processes at once, `--only timing` takes their seconds and peaks again, one after the other.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from pydantic import ValidationError
 from torch import Tensor
@@ -39,7 +42,7 @@ from app.recovery import Perp
 from app.source import check_recipe, read_source
 from benchmarks.engine import REPOSITORY, named, recipe_of
 from benchmarks.engine import Contender as Base
-from benchmarks.results import HERE, keep, stored
+from benchmarks.results import HERE, ON_CPU, keep, stored
 from espalier.demo import converted_model
 from worker.blocks import BlockStream
 from worker.checkpoint import COPIED, finish, write_shard
@@ -76,17 +79,17 @@ class Contender:
 PUBLISHED: Row = {"name": "perp", "train": "published"}
 # On a model without biases, as this one is, the preset biases+norms is norms. What a recovery can't do on a base, the engine refuses, and the row says so.
 CONTENDERS = [
-    Contender("full retraining", {"name": "full"}, (3e-5, 1e-4, 3e-4)),
-    Contender("full retraining in each of 3 rounds of pruning", {"name": "full"}, (3e-5, 1e-4, 3e-4), {"rounds": 3}),
+    Contender("full retraining", {"name": "full"}, (3e-4, 1e-3, 3e-3)),
+    Contender("full retraining in each of 3 rounds of pruning", {"name": "full"}, (3e-4, 1e-3, 3e-3), {"rounds": 3}),
     Contender("biases", {"name": "perp", "train": "biases"}, (3e-3, 1e-2, 3e-2)),
     Contender("norms", {"name": "perp", "train": "norms"}, (3e-3, 1e-2, 3e-2)),
     Contender("head", {"name": "perp", "train": "head"}, (3e-4, 1e-3, 3e-3)),
-    Contender("adapters: MaskLoRA", {"name": "perp", "train": "adapters"}, (1e-3, 3e-3, 1e-2)),
-    Contender("published: norms, MaskLoRA", PUBLISHED, (1e-3, 3e-3, 1e-2)),
-    Contender("all: norms, head, MaskLoRA", {"name": "perp", "train": "all"}, (1e-3, 3e-3, 1e-2)),
-    Contender("norms, ScaleLoRA", PUBLISHED | {"adapter": "scale_lora"}, (1e-3, 3e-3, 1e-2)),
-    Contender("norms, LoRA-Prune", PUBLISHED | {"adapter": "lora_prune"}, (1e-3, 3e-3, 1e-2)),
-    Contender("norms, MaskLoRA of rank 16", PUBLISHED | {"rank": 16}, (3e-4, 1e-3, 3e-3)),
+    Contender("adapters: MaskLoRA", {"name": "perp", "train": "adapters"}, (3e-3, 1e-2, 3e-2)),
+    Contender("published: norms, MaskLoRA", PUBLISHED, (3e-3, 1e-2, 3e-2)),
+    Contender("all: norms, head, MaskLoRA", {"name": "perp", "train": "all"}, (3e-3, 1e-2, 3e-2)),
+    Contender("norms, ScaleLoRA", PUBLISHED | {"adapter": "scale_lora"}, (3e-3, 1e-2, 3e-2)),
+    Contender("norms, LoRA-Prune", PUBLISHED | {"adapter": "lora_prune"}, (3e-3, 1e-2, 3e-2)),
+    Contender("norms, MaskLoRA of rank 16", PUBLISHED | {"rank": 16}, (1e-3, 3e-3, 1e-2)),
     Contender("LoRA of rank 8", {"name": "lora", "rank": 8, "alpha": 16.0}, (3e-4, 1e-3, 3e-3)),
     Contender("LoRA of rank 8 on average, ranks by importance", {"name": "lora", "rank": 8, "alpha": 16.0, "ranks": "importance"}, (3e-4, 1e-3, 3e-3)),
     Contender("norms, MaskLoRA, reconstructed by block", PUBLISHED | {"mode": "reconstruct"}, (1e-3, 3e-3, 1e-2)),
@@ -141,7 +144,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "wikitext-2")
     parser.add_argument("--model", type=Path, help="another checkpoint folder; give another --folder too")
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "var" / "bench" / "recovery", help="where pruned models are kept")
-    parser.add_argument("--only", choices=["tuning", "quality", "memory"])
+    parser.add_argument("--only", choices=["tuning", "quality", "timing", "memory"])
     parser.add_argument("--bases", type=re.compile, default=re.compile(""), help="only the pruned models whose names this finds")
     parser.add_argument("--rows", type=re.compile, default=re.compile(""), help="only the recoveries whose names this finds")
     parser.add_argument("--steps", type=int, default=30, help=f"of {BATCH} × {LENGTH} tokens, for every recovery")
@@ -162,7 +165,7 @@ def main() -> None:
     if asked.again:
         forget(setting)
     parts: dict[str, Callable[[Setting], None]] = {"memory": memory, "tuning": tuning, "quality": quality}
-    for name, measure in parts.items():
+    for name, measure in (parts | {"timing": timing} if asked.only else parts).items():
         if asked.only in (None, name):
             measure(setting)
     print((HERE / "README.md").read_text(encoding="utf-8"))
@@ -186,7 +189,11 @@ def keep_row(part: str, row: Row, *keys: str) -> None:
         return bases.index(row.get("base", bases[0])), row.get("steps", 0), names.index(row["name"]), row.get("rate") or 0.0
 
     rows = [kept for kept in on_record(part) if any(kept[key] != row[key] for key in keys) and kept["name"] in names] + [row]
-    keep("recovery", stored().get("recovery", {}) | {part: sorted(rows, key=place), "contenders": contenders})
+    keep("recovery", stored().get("recovery", {}) | {part: sorted(rows, key=place), "contenders": contenders, "device": device_name()})
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def forget(setting: Setting) -> None:
@@ -252,7 +259,7 @@ def texts(setting: Setting, recipe: Recipe) -> tuple[TrainingText, Tensor]:
 
 def measured(setting: Setting, base: Base, contender: Contender, rate: float, steps: int) -> Row:
     """A row: what a recovery does to a base; from the record where that has it. A recovery that the engine refuses or that diverges is a row too."""
-    row: Row = {"base": base.name, "name": contender.name, "steps": steps, "rate": rate}
+    row: Row = {"base": base.name, "name": contender.name, "steps": steps, "rate": rate, "device": device_name()}
     try:
         recipe = recipe_with(setting, base, contender, rate, steps)
         check_recipe(recipe, read_source(setting.model))
@@ -284,6 +291,8 @@ def recovered(setting: Setting, base: Base, recipe: Recipe) -> Row:
         shutil.copytree(pruned.folder, checkpoint)
         stored_before = count_parameters(read_source(checkpoint), []).all
         return_freed_memory()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         with PeakMemory() as peak:
             start = time.perf_counter()
             found = recover(setting, recipe, pruned, text, checkpoint)
@@ -298,6 +307,7 @@ def recovered(setting: Setting, base: Base, recipe: Recipe) -> Row:
             "tokens": found.tokens,
             "seconds": seconds,
             "peak": peak.bytes,
+            "device_peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
 
 
@@ -327,6 +337,7 @@ def in_rounds(setting: Setting, recipe: Recipe) -> Row:
         "tokens": found.tokens * recipe.rounds,
         "seconds": report.seconds["recover"],
         "peak": found.peak_memory_bytes,
+        "device_peak": report.peak_device_bytes,
     }
 
 
@@ -374,7 +385,7 @@ def quality(setting: Setting) -> None:
     """What each contender brings back at its tuned learning rate, and how good every base is without."""
     windows = evaluated_windows(setting)
     if "dense" not in stored().get("recovery", {}):
-        keep("recovery", stored().get("recovery", {}) | {"dense": perplexity_of(setting.model, windows)})
+        keep("recovery", stored().get("recovery", {}) | {"dense": perplexity_of(setting.model, windows), "device": device_name()})
     for base in (*BASES, *UNRECOVERED):
         if not setting.bases.search(base.name):
             continue
@@ -390,6 +401,17 @@ def quality(setting: Setting) -> None:
 def tuned_on(setting: Setting, base: Base) -> Base:
     """The base that a base's learning rates are tuned on."""
     return SLICED if setting.recipe(base).facts.structured else MASKED
+
+
+def timing(setting: Setting) -> None:
+    """Seconds and peaks of the rows on record, again."""
+    contenders, bases = {contender.name: contender for contender in setting.chosen()}, {base.name: base for base in BASES}
+    for row in on_record("quality"):
+        contender, base = contenders.get(row["name"]), bases[row["base"]]
+        if contender and "refused" not in row and setting.bases.search(base.name):
+            recipe = recipe_with(setting, base, contender, row["rate"], row["steps"])
+            found = in_rounds(setting, recipe) if contender.method else recovered(setting, base, recipe)
+            keep_row("quality", row | {name: found[name] for name in ("seconds", "peak", "device_peak")}, "base", "name", "steps")
 
 
 # --------------------------------------------------------------------- memory
@@ -408,7 +430,7 @@ def memory(setting: Setting) -> None:
             pruned_model(own, MASKED)
             command = [sys.executable, "-m", "benchmarks.recovery", "--watch", watched.name]
             command += ["--model", str(own.model), "--folder", str(own.folder), "--data", str(own.data)]
-            ended = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
+            ended = subprocess.run(command, cwd=REPOSITORY, env=ON_CPU, stdout=subprocess.PIPE, text=True, check=True)
         keep_row("memory", {"name": watched.name, "bytes": json.loads(ended.stdout.splitlines()[-1]), "of": watched.of, "asked": watched.asked}, "name")
 
 

@@ -20,6 +20,7 @@ PHASES = ("imports", "load", "evaluate_dense", "prune", "write", "evaluate", "ve
 FEW = 0.0035  # of a model's parameters: the most that a recovery of few may train
 ASKED_OF_FULL = 0.95  # of what full retraining closes of the log-perplexity gap, by such a recovery
 RIVALS = {"Magnitude 50%": ("Wanda 50%", "SparseGPT 50%")}  # which a recovered model is to beat as they are
+ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # of a process whose own memory is measured, so that all of it is there
 ROUNDS = ("sub-models", "seconds a round", "ETA after the first, off by")
 
 
@@ -141,12 +142,12 @@ def _estimate(results: dict[str, Any]) -> list[str]:
         predicted, measured = row["sizes"][name]
         return f"{predicted / 1e6:.0f} / {measured / 1e6:.0f} ({predicted / measured - 1:+.0%})"
 
-    columns = ("load", "evaluate", "prune", "recover", "verify", "peak", "disk", "output")
+    columns = ("load", "evaluate", "prune", "recover", "verify", "peak", "device", "disk", "output")
     return [
         "## What is predicted of memory and disk",
         "",
         "MB, predicted from the recipe and the checkpoint's headers / measured (difference): anonymous memory of the engine with the processes that it starts, by",
-        "phase, the most that lies in the work directory, and the checkpoint. Calibration on 8 × 128 tokens but for the recipe's own sizes; where the whole result",
+        "phase, of a GPU (an H100, measured apart), the most that lies in the work directory, and the checkpoint. Calibration on 8 × 128 tokens but for the recipe's own sizes; where the whole result",
         "would not fit in a quarter more than predicted, blocks of it are tried. Of models of 32 and 64 blocks the engine alone was measured, before it verifies.",
         "",
         *_table(("", "", *columns), [(row["model"], row["name"], *(cell(row, column) for column in columns)) for row in results["estimate"]]),
@@ -228,6 +229,7 @@ def _recovery(results: dict[str, Any]) -> list[str]:
         "so every weight that is trained gets its gradient from as many tokens; rounds divide the steps among them. Share: trained, of all parameters in training. Gap closed: (ln before − ln after) /",
         "(ln before − ln dense), of perplexities over the first 24 windows of 512 tokens of WikiText-2 test; and the same as a share of what full retraining closes.",
         "Seconds and peak memory are of the phase that trains, with load and write; the memory is anonymous, and of one process for all rows.",
+        *([f"Measured on: {part['device']}."] if "device" in part else []),
     ]
     bases, dense = {base["name"]: base["perplexity"] for base in part.get("bases", [])}, part.get("dense")
     if dense is not None:
@@ -247,7 +249,10 @@ def _recovery(results: dict[str, Any]) -> list[str]:
 
 
 def _recoveries(rows: list[dict[str, Any]], before: float, dense: float) -> list[str]:
-    head = ("", "learning rate", "trained parameters", "share", "stored more", "seconds", "peak, MB", "held-out loss", "perplexity", "gap closed", "of full's")
+    head = (
+        *("", "learning rate", "trained parameters", "share", "stored more", "seconds", "peak, MB", "peak of the GPU, MB"),
+        *("held-out loss", "perplexity", "gap closed", "of full's"),
+    )
     full = _perplexity_of_full(rows)
     cells = []
     for row in rows:
@@ -262,8 +267,9 @@ def _recoveries(rows: list[dict[str, Any]], before: float, dense: float) -> list
                 f"{row['parameters']:,}",
                 f"{row['share']:.3%}",
                 f"{row['stored_more']:,}" if row["stored_more"] else "",
-                f"{row['seconds']:.0f}",
+                f"{row['seconds']:.1f}",
                 f"{row['peak'] / 1e6:.0f}",
+                "" if row.get("device_peak") is None else f"{row['device_peak'] / 1e6:.0f}",
                 f"{row['held_out']:.4f}",
                 f"{after:.2f}",
                 f"{gap_closed(before, after, dense):.1%}",

@@ -81,6 +81,7 @@ class Job(TypedDict):
     metadata: dict[str, str]
     recipe: dict[str, Any]
     error: JobError | None
+    webhook: str | None
     sinks: list[SinkRun]
     links: Links
     created_at: str

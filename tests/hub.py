@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from tests.local_http import Quiet, QuietServer, answering
 
 FIRST, SECOND = "1" * 40, "2" * 40
 CHUNK_BYTES = 4096
@@ -36,16 +37,11 @@ class Hub:
         return kept | {"HF_ENDPOINT": self.url, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
+class Server(QuietServer):
     hub: Hub
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that was killed is no news."""
 
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(Quiet, BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
@@ -99,18 +95,10 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:  # the client was killed
             self.close_connection = True
 
-    def log_message(self, *arguments: object) -> None:
-        pass
-
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    with Server(("127.0.0.1", 0), Handler) as server:
-        server.hub = Hub(f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.hub
-        finally:
-            server.shutdown()
-            thread.join()
+    server = Server(("127.0.0.1", 0), Handler)
+    with answering(server) as url:
+        server.hub = Hub(url)
+        yield server.hub

@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.local_http import Quiet, QuietServer, answering
 
 TOKEN = "hf_test_token_of_a_user"
 CHUNK_BYTES = 65536
@@ -36,16 +38,11 @@ class HubUploads:
     requests: list[str] = field(default_factory=list)
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
+class Server(QuietServer):
     hub: HubUploads
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that was killed is no news."""
 
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(Quiet, BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
@@ -122,9 +119,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *arguments: object) -> None:
-        pass
-
 
 def _commit(repository: Repository) -> str:
     return f"{len(repository.commits):040x}"
@@ -140,12 +134,7 @@ def _mode(repository: Repository, asked: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def running_hub_uploads() -> Iterator[HubUploads]:
-    with Server(("127.0.0.1", 0), Handler) as server:
-        server.hub = HubUploads(f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.hub
-        finally:
-            server.shutdown()
-            thread.join()
+    server = Server(("127.0.0.1", 0), Handler)
+    with answering(server) as url:
+        server.hub = HubUploads(url)
+        yield server.hub

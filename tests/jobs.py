@@ -78,7 +78,7 @@ def outbox(database: Database) -> int:
         return session.execute(select(func.count()).select_from(OutboxMessage)).scalar_one()
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 30, what: str = "the condition", pause: float = 0.05) -> float:
+def wait_until(condition: Callable[[], Any], seconds: float = 60, what: str = "the condition", pause: float = 0.05) -> float:
     """Seconds until it held."""
     start = time.monotonic()
     while not condition():
@@ -88,7 +88,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30, what: str = "t
     return time.monotonic() - start
 
 
-def wait_for_state(database: Database, job_id: str, *states: str, seconds: float = 60) -> Job:
+def wait_for_state(database: Database, job_id: str, *states: str, seconds: float = 120) -> Job:
     """The job, once it is in one of the states; fails as soon as it has ended in another."""
 
     def there() -> bool:

@@ -38,7 +38,7 @@ class Receiver:
     messages: list[Message] = field(default_factory=list)
     status: int = 204
     headers: dict[str, str] = field(default_factory=dict)
-    pause: float = 0.0  # seconds before the answer
+    pause: float = 0.0  # seconds before the answer; may be made shorter meanwhile
     dripping: bool = False  # an answer whose head never ends
     endless: bool = False  # an answer whose body never ends
 
@@ -55,7 +55,9 @@ def receiving(tls: ssl.SSLContext | None = None) -> Iterator[Receiver]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             receiver.messages.append(Message(self.path, {name.lower(): value for name, value in self.headers.items()}, body))
-            stopping.wait(receiver.pause)
+            came = time.monotonic()
+            while time.monotonic() - came < receiver.pause and not stopping.wait(0.02):
+                pass
             with suppress(OSError):  # who asked may have gone
                 self._answer()
 
@@ -95,7 +97,7 @@ def receiving(tls: ssl.SSLContext | None = None) -> Iterator[Receiver]:
         server.server_close()
 
 
-def wait_for_messages(receiver: Receiver, count: int, seconds: float = 20) -> list[Message]:
+def wait_for_messages(receiver: Receiver, count: int, seconds: float = 60) -> list[Message]:
     """The messages, once there are so many."""
     deadline = time.monotonic() + seconds
     while len(receiver.messages) < count:

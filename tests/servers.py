@@ -46,7 +46,7 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
-    def start(self, seconds: float = 60) -> None:
+    def start(self, seconds: float = 120) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -112,16 +112,23 @@ class S3:
 
 
 def free_port() -> int:
-    """A port below the ephemeral range that is free, and so is the one 10 000 above it, which SeaweedFS takes for gRPC."""
-    for port in random.sample(range(10240, 22000), 200):
+    """A port below the ephemeral range that is free, and so is the one 10 000 above it, which SeaweedFS takes for gRPC.
+
+    No other test process of this machine gets the same one for as long as this process lives: a name, by which Linux knows a socket, is taken with it.
+    """
+    for port in random.sample(range(10240, 20240), 200):
+        taken = socket.socket(socket.AF_UNIX)
         with socket.socket() as low, socket.socket() as high:
             try:
+                taken.bind(f"\0espalier-test-port-{port}")
                 low.bind(("127.0.0.1", port))
                 high.bind(("127.0.0.1", port + 10000))
             except OSError:
+                taken.close()
                 continue
+            taken.detach()  # it stays open until this process ends
             return port
-    raise RuntimeError("no free port between 10240 and 22000")
+    raise RuntimeError("no free port between 10240 and 20240")
 
 
 @contextmanager

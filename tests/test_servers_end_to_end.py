@@ -58,12 +58,12 @@ def client(tmp_path: Path, postgres_database: str, redis_database: str, s3: S3) 
         ]
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=30) as opened:
-                jobs.wait_until(lambda: ready(opened), 60, "the API")
+                jobs.wait_until(lambda: ready(opened), 120, "the API")
                 yield opened
         finally:
             for process in processes:
                 process.terminate()
-            ended = [process.wait(30) for process in processes]
+            ended = [process.wait(60) for process in processes]
             sys.stdout.write((tmp_path / "log").read_text(errors="replace")[-8000:])
     assert ended == [-signal.SIGTERM, 0]  # uvicorn shuts down in order, then ends by the signal itself
 
@@ -136,4 +136,4 @@ def test_a_job_end_to_end_on_servers(client: httpx.Client, s3: S3, tmp_path: Pat
     assert len(stored) == len(files)
     assert all(f"/{job['id']}/a1/" in path for path in stored)
     # The work of the failed job is kept, as it may be retried.
-    jobs.wait_until(lambda: [path.name for path in (tmp_path / "home" / "work").glob("job_*")] == [failed["id"]], 10, "the clean-up")
+    jobs.wait_until(lambda: [path.name for path in (tmp_path / "home" / "work").glob("job_*")] == [failed["id"]], 60, "the clean-up")

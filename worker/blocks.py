@@ -36,11 +36,12 @@ HEAD_ROWS_AT_ONCE = 4096  # of the head's matrix, this many are float32 at a tim
 
 
 class BlockStream:
-    """Blocks of a checkpoint, computed in float32 on `device`. A block's own tensors say how large it is; config.json says the rest."""
+    """Blocks of a checkpoint, computed in float32 on `device`, or else on the GPU where there is one. A block's own tensors say how large it is; config.json says
+    the rest."""
 
-    def __init__(self, source: Source, device: str = "cpu") -> None:
+    def __init__(self, source: Source, device: str | None = None) -> None:
         self.source = source
-        self.device = torch.device(device)
+        self.device = torch.device(device or default_device())
         self.architecture: Architecture = ARCHITECTURES[source.model_type]
         try:
             with torch.device("meta"):
@@ -56,6 +57,8 @@ class BlockStream:
         self._embedding: nn.Embedding = self._model.get_submodule(self.architecture.embedding.removesuffix(".weight"))
         self._embedding.padding_idx = None  # it only matters in training, and may lie outside the rows that are loaded
         self._materialised: dict[int, nn.Module] = {}
+        self._held: dict[int, dict[str, Tensor]] = {}  # by block
+        self._room = 0  # bytes that more of them may take
         self._has_head = False
         self._freed = 0
         _compute_buffers(self._model, self.device)
@@ -79,7 +82,23 @@ class BlockStream:
 
     def block_tensors(self, index: int) -> dict[str, Tensor]:
         """Stored tensors of one block, by their full names."""
-        return self.tensors(self._names(index))
+        if index in self._held:
+            return dict(self._held[index])
+        tensors = self.tensors(self._names(index))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if size <= self._room:
+            self._room -= size
+            self._held[index] = dict(tensors)
+        return tensors
+
+    @contextmanager
+    def holding_blocks(self) -> Iterator[None]:
+        """Meanwhile stored tensors of blocks stay on the GPU once read, within half of what is free there: for many passes. On a CPU they are mapped files anyway."""
+        self._room = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 0
+        try:
+            yield
+        finally:
+            self._held, self._room = {}, 0
 
     def outer_tensors(self) -> dict[str, Tensor]:
         """Stored tensors outside the blocks: embeddings, final norm, projections, untied head."""
@@ -112,7 +131,7 @@ class BlockStream:
         self._read_ahead(index + 1)
         prefix = self.architecture.block_prefix(index)
         given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        block: nn.Module = copy.deepcopy(self._blocks[index], {id(self.config): self.config})
+        block = _copied(self._blocks[index])
         self._fit_experts(block, index, given)
         for name, tensor in given.items():
             _fill(block, name, tensor.to(self.device, torch.float32))
@@ -129,7 +148,9 @@ class BlockStream:
         if block is None:
             return
         self._freed += sum(parameter.numel() * parameter.element_size() for parameter in block.parameters())
-        block.to("meta")
+        for module in block.modules():
+            for name, _ in [*module.named_parameters(recurse=False)]:
+                setattr(module, name, None)
         if self._freed >= FREED_BYTES:
             self._freed = 0
             return_freed_memory()
@@ -294,6 +315,15 @@ class Expert(nn.Module):
         return output
 
 
+def _copied(module: nn.Module) -> nn.Module:
+    """A module whose parameters, submodules and hooks can be replaced; all else is shared. A deep copy of a small block takes as long as half its forward."""
+    copied = module.__new__(type(module))
+    vars(copied).update((name, copy.copy(value) if isinstance(value, dict) else value) for name, value in vars(module).items())
+    for name, child in module.named_children():
+        copied.add_module(name, _copied(child))
+    return copied
+
+
 def _fill(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Give a parameter its values; a linear's sizes follow its weight."""
     path, _, attribute = name.rpartition(".")
@@ -313,6 +343,10 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
         if names:
             model._init_weights(module)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _by_file(source: Source, names: Iterable[str]) -> dict[Path, dict[str, TensorEntry]]:

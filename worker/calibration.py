@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from app.footprint import PASSING_BYTES
 from worker.blocks import BlockStream, batches
 
 Statistic = Literal["norm", "variance", "fluctuation", "gram"]
@@ -47,7 +48,25 @@ class HiddenStates:
         return torch.from_file(str(self.path(block)), shared=True, size=math.prod(self.shape), dtype=torch.float32).view(self.shape)
 
 
-def embed_into(hidden: HiddenStates, stream: BlockStream, tokens: Tensor) -> None:
+class StatesOnDevice:
+    """The same on a GPU, for passes that nothing goes on from."""
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
+        self._rooms = torch.empty(2, *shape, device=device)
+
+    def open(self, block: int) -> Tensor:
+        """The input of `block`, for reading or for writing."""
+        return self._rooms[block % 2]
+
+
+def passing_states(work: Path, shape: tuple[int, int, int], device: torch.device) -> HiddenStates | StatesOnDevice:
+    """Room for the hidden states of a pass that nothing goes on from: on a GPU where they are few, or else in mapped files in `work`."""
+    if device.type == "cuda" and 4 * math.prod(shape) <= PASSING_BYTES:
+        return StatesOnDevice(shape, device)
+    return HiddenStates(work, shape)
+
+
+def embed_into(hidden: HiddenStates | StatesOnDevice, stream: BlockStream, tokens: Tensor) -> None:
     """Write the embeddings of (B, T) token ids as the input of block 0."""
     target, start = hidden.open(0), 0
     for embedded in stream.embed(tokens):
@@ -230,7 +249,7 @@ def _before_ffn(block: nn.Module, down: str, take: Callable[[Tensor, Tensor], No
 def forward(block: nn.Module, arguments: dict[str, Any], source: Tensor, target: Tensor | None, distance: Distance | None = None) -> float:
     """Run a block over (B, T, D) inputs, writing outputs to `target` where one is given; returns the mean distance of output from input.
 
-    Inputs and outputs lie on the CPU, whatever device the block is on.
+    Inputs and outputs may lie on another device than the block.
     """
     device = next(block.parameters()).device
     total, start = 0.0, 0

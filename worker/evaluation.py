@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from worker.blocks import BlockStream
-from worker.calibration import HiddenStates, embed_into, forward
+from worker.calibration import embed_into, forward, passing_states
 
 TOKENS_PER_HEAD = 256  # logits of about this many tokens are alive at once
 LARGEST_EXPONENT = 709.0  # of which the exponential is a float
@@ -31,8 +31,8 @@ class Embedded:
 
 
 def embed(stream: BlockStream, tokens: Tensor, work: Path) -> Embedded:
-    """The first block's input of (B, T) token ids, in a mapped file in `work`."""
-    hidden = HiddenStates(work, (*tokens.shape, int(stream.config.hidden_size)))
+    """The first block's input of (B, T) token ids, on the GPU or in a mapped file in `work`."""
+    hidden = passing_states(work, (*tokens.shape, int(stream.config.hidden_size)), stream.device)
     embed_into(hidden, stream, tokens)
     return Embedded(hidden.open(0), stream.block_arguments(tokens.shape[1]))
 
@@ -45,13 +45,13 @@ def run_blocks(
     edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None] = lambda index, tensors: tensors,
     embedded: Embedded | None = None,
 ) -> Tensor:
-    """Last hidden states (B, T, D) of (B, T) token ids, before the final norm. They lie in a mapped file in `work`.
+    """Last hidden states (B, T, D) of (B, T) token ids, before the final norm. They lie on the GPU or in a mapped file in `work`.
 
     `edit` gives each block other tensors, or None for none: the block is left out. After a block whose outputs aren't finite no other is run.
     `embedded` is what the tokens begin with, where it was computed before; it must lie in another folder.
     """
     start = embedded or embed(stream, tokens, work)
-    hidden = HiddenStates(work, (*tokens.shape, int(stream.config.hidden_size)))
+    hidden = passing_states(work, (*tokens.shape, int(stream.config.hidden_size)), stream.device)
     passed = 0
     for index in range(len(stream)):
         tensors = edit(index, stream.block_tensors(index))

@@ -323,16 +323,17 @@ def _evaluate(rounds: Rounds, number: int, left: list[Tensor], masks: Tensor, pa
         return value, time.perf_counter() - start
 
     found: list[float] = []
-    for place, mask in enumerate(masks):
-        value, seconds = run.state.figure(f"round {number}, mask {place}", functools.partial(measure, mask))
-        found.append(value)
-        pace.add(seconds)
-        pace.tell(len(found), len(run.stream))
-        whole_pairs = len(found) >= LEAST_MASKS and len(found) % 2 == 0
-        if whole_pairs and pace.is_over():
-            break
-        if not rounds.released and _is_checked(len(found)) and settled(found):
-            break
+    with run.stream.holding_blocks():
+        for place, mask in enumerate(masks):
+            value, seconds = run.state.figure(f"round {number}, mask {place}", functools.partial(measure, mask))
+            found.append(value)
+            pace.add(seconds)
+            pace.tell(len(found), len(run.stream))
+            whole_pairs = len(found) >= LEAST_MASKS and len(found) % 2 == 0
+            if whole_pairs and pace.is_over():
+                break
+            if not rounds.released and _is_checked(len(found)) and settled(found):
+                break
     return found
 
 

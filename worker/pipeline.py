@@ -77,7 +77,7 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
             source = read_source(source_dir)
             check_recipe(recipe, source)
             fingerprint = weights_sha256(source)
-            stream = _open(source)
+            stream = BlockStream(source)
             tokens, calibration_text = _calibration_tokens(recipe, source, texts)
             evaluated = _evaluation_windows(recipe, source, texts)
             training = _training_text(recipe, stream, texts, evaluated)
@@ -159,10 +159,6 @@ def run(recipe: Recipe, source_dir: Path, out: Path, work: Path, emit: Emit, tex
 
 
 # -------------------------------------------------------------------- the steps
-
-
-def _open(source: Source) -> BlockStream:
-    return BlockStream(source, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def weights_sha256(source: Source) -> str:
@@ -265,7 +261,7 @@ def _measure(
     windows = evaluated.windows
     with progress.phase(phase):
         scratch = _scratch(work / phase)
-        stream = _open(source)
+        stream = BlockStream(source)
         value = perplexity(stream, windows, scratch, lambda index: progress.step(index + 1, len(stream)))
         speed = evaluated.speed and fits_in_memory(source, memory_allowed)
         trial = run_trial(source.folder, windows[:1, :CHECKED_TOKENS], loader=loader, speed=True, work=scratch) if speed else None
@@ -362,7 +358,7 @@ def _earlier_rounds(
         return state.work / f"round-{number}"
 
     def checkpoint_of(number: int) -> BlockStream:
-        return _open(read_source(folder_of(number) / "checkpoint")) if number else dense
+        return BlockStream(read_source(folder_of(number) / "checkpoint")) if number else dense
 
     share, fractions = 1 / recipe.rounds, fractions_of_rounds(fraction, recipe.rounds)
     for phase in ("prune", "write", "teach", "recover"):
@@ -413,7 +409,7 @@ def _verify(out: Path, result: Source, work: Path, per_layer: bool, memory_allow
     if (out / "padded").is_dir():
         attempts.append(("padded", "padded", False))
     fits = all(fits_in_memory(read_source(out / folder), memory_allowed) for _, folder, _ in attempts)
-    stream = _open(result)
+    stream = BlockStream(result)
     blocks = None if fits else sorted({0, (len(stream) - 1) // 2, len(stream) - 1})
     own = logits(stream, tokens, scratch, lambda index, tensors: tensors if blocks is None or index in blocks else None)
     checks = [_compare(layout, run_trial(out / folder, tokens, loader=loader, blocks=blocks, work=scratch), own, blocks) for layout, folder, loader in attempts]

@@ -33,6 +33,7 @@ from app.architecture import ARCHITECTURES
 from app.processes import dies_with
 from app.report import Speed
 from app.source import Source, read_source
+from worker.blocks import default_device
 from worker.memory import PeakMemory, anonymous_bytes, available_bytes, peak_resident_bytes
 
 PREFILL_TOKENS = 512
@@ -149,7 +150,6 @@ def load(folder: Path, *, loader: bool, dtype: torch.dtype, blocks: Sequence[int
     transformers.utils.logging.disable_progress_bar()
     if loader:
         importlib.import_module("espalier.loader")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model_class = transformers.AutoModelForCausalLM
     if blocks is None:
         model = _from_pretrained(model_class, folder, dtype=dtype)
@@ -157,7 +157,7 @@ def load(folder: Path, *, loader: bool, dtype: torch.dtype, blocks: Sequence[int
         whole = _from_pretrained(model_class, folder, dtype=dtype, device_map="meta")
         config, weights = excerpt(read_source(folder), blocks)
         model = _from_pretrained(type(whole), None, dtype=dtype, config=type(whole.config).from_dict(config), state_dict=weights)
-    return model.to(device).eval()
+    return model.to(default_device()).eval()
 
 
 def _from_pretrained(model_class: Any, folder: Path | None, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Queries on the audit log. Each one names the tenant."""
+"""Queries on the audit log."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from app.database import db_now
 from app.models import AuditEntry
+
+DAY = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,13 @@ def list_entries(session: Session, tenant_id: str, wanted: AuditFilter, before: 
     if before is not None:
         query = query.where(AuditEntry.id < before)
     return session.scalars(query.order_by(AuditEntry.id.desc()).limit(limit)).all()
+
+
+def forget(session: Session, days: int, limit: int) -> Sequence[int]:
+    """Delete entries of any tenant that are older than so many days, up to `limit` of them; returns their numbers."""
+    first = select(AuditEntry.id, AuditEntry.created_at).order_by(AuditEntry.id).limit(limit).subquery()  # which grow with time, and have an index
+    last = session.scalar(select(func.max(first.c.id)).where(first.c.created_at < db_now(-days * DAY)))
+    if last is None:
+        return []
+    old = delete(AuditEntry).where(AuditEntry.id <= last).returning(AuditEntry.id)
+    return session.scalars(old, execution_options={"synchronize_session": False}).all()

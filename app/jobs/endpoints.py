@@ -79,15 +79,6 @@ Wait = Annotated[
 ]
 
 
-async def _watched_job(caller: JobReader, job_id: JobId, news: OpenNews, wait: Wait = 0) -> AsyncIterator[Watched | None]:
-    """The job, watched until the answer is sent, if the request is to wait for it."""
-    if not wait:
-        yield None
-        return
-    with news.watch(job_id) as watched:
-        yield watched
-
-
 async def _streamed_job(request: Request, job_id: JobId, caller: JobReader, news: OpenNews) -> AsyncIterator[Watched | None]:
     """The job, watched until the answer is sent, if the request asks for a stream."""
     if EVENT_STREAM not in request.headers.get("accept", ""):
@@ -246,15 +237,19 @@ async def get_job(
     caller: JobReader,
     job_id: JobId,
     database: OpenDatabase,
-    watched: Annotated[Watched | None, Depends(_watched_job)],
     request: Request,
     wait: Wait = 0,
 ) -> Response:
     """One job. With `If-None-Match` the answer is 304 until anything has changed; with `wait` it comes as soon as there is something to tell."""
     read = partial(_read_job, database, caller.tenant_id, job_id)
-    job = await run_sync(read)
-    if watched is not None and not _worth_telling(request.headers, job):
-        await watched.until(partial(_worth_telling, request.headers), wait)
+    if wait:
+        news: News = request.app.state.news
+        with news.watch(job_id) as watched:
+            job = await run_sync(read)
+            if not _worth_telling(request.headers, job):
+                await watched.until(partial(_worth_telling, request.headers), wait)
+                job = await run_sync(read)
+    else:
         job = await run_sync(read)
     headers = {"ETag": f'"{job.version}"'} | ({} if job.state in FINISHED else {"Retry-After": str(POLL_SECONDS)})
     if not_modified(request.headers, headers["ETag"]):

@@ -21,14 +21,35 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Executable, Row, ScalarSelect, String, Subquery, bindparam, delete, exists, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Executable,
+    Insert,
+    Row,
+    ScalarSelect,
+    String,
+    Subquery,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    union,
+    update,
+)
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
+from sqlalchemy.sql.dml import ReturningUpdate
 
-from app.database import db_now, seconds_between
-from app.jobs.repository import JOBS, insert_event
+from app.database import Base, db_now, seconds_between
+from app.jobs.repository import JOBS, OUTBOX, insert_event
 from app.models import RETRIED, Artifact, Job, OutboxMessage, Tenant, Worker
 
+ARTIFACTS, TENANTS, WORKERS = (Base.metadata.tables[model.__tablename__] for model in (Artifact, Tenant, Worker))
 HELD = ("running", "cancelling")
+WAITS = literal_column("'queued'", String())  # as a parameter, no plan that is kept could use the index on queued jobs
 CLAIM_LOCK = 4_771_020_601  # any number that nothing else locks
 PHASE_LENGTH = 32  # characters of Job.phase
 UNSYNCHRONIZED = {"synchronize_session": False}  # rows are only written here, never kept as objects
@@ -72,8 +93,8 @@ class Lease:
         return f"{self.tenant_id}/jobs/{self.job_id}/a{token}/"
 
 
-_capped = select(Tenant.max_running.is_not(None)).where(Tenant.id == Job.tenant_id).correlate(Job).scalar_subquery()
-OF_LEASE = (Job.id, Job.tenant_id, Job.queue, Job.lease_token, Job.attempt, Job.max_attempts, _capped.label("capped"))
+_capped = select(TENANTS.c.max_running.is_not(None)).where(TENANTS.c.id == JOBS.c.tenant_id).correlate(JOBS).scalar_subquery()
+OF_LEASE = (JOBS.c.id, JOBS.c.tenant_id, JOBS.c.queue, JOBS.c.lease_token, JOBS.c.attempt, JOBS.c.max_attempts, _capped.label("capped"))
 
 
 @dataclass(frozen=True)
@@ -131,20 +152,20 @@ def _claiming_next(queue: str, host_bytes: int, device_bytes: int, lease_seconds
 
 def _claiming(job_id: ColumnElement[str], lease_seconds: float) -> Executable:
     """The claim of a job for the `owner`."""
-    queued = update(JOBS).where(Job.id == job_id, Job.state == "queued")
+    queued = update(JOBS).where(JOBS.c.id == job_id, JOBS.c.state == "queued")
     claimed = queued.values(
         state="running",
         phase=None,
         progress={},
-        attempt=Job.attempt + 1,
-        lease_token=Job.lease_token + 1,
+        attempt=JOBS.c.attempt + 1,
+        lease_token=JOBS.c.lease_token + 1,
         lease_owner=bindparam("owner"),
         lease_until=db_now(lease_seconds),
         claimed_at=db_now(),
-        started_at=func.coalesce(Job.started_at, db_now()),
+        started_at=func.coalesce(JOBS.c.started_at, db_now()),
         **_told(1),
     )
-    return claimed.returning(*OF_LEASE, Job.recipe, Job.max_runtime, Job.ran_seconds, Job.trace_parent, Job.last_event)
+    return claimed.returning(*OF_LEASE, JOBS.c.recipe, JOBS.c.max_runtime, JOBS.c.ran_seconds, JOBS.c.trace_parent, JOBS.c.last_event)
 
 
 def _claim(session: Session, claiming: Executable, wanted: dict[str, str]) -> Lease | None:
@@ -174,14 +195,18 @@ def beat(
     events: Sequence[Event] = (),
 ) -> bool:
     """Hold the lease for `lease_seconds` from now and store the news. Returns whether a cancel is requested."""
-    values: dict[str, Any] = {"lease_until": db_now(lease_seconds)}
+    news: dict[str, Any] = {}
     if phase is not None:
-        values["phase"] = phase[:PHASE_LENGTH]
+        news["phase"] = phase[:PHASE_LENGTH]
     if progress is not None:
-        values["progress"] = progress
-    if len(values) > 1:
-        values |= _told(0)
-    return _write(session, lease, HELD, values, events) == "cancelling"
+        news["progress"] = progress
+    told = len(events) if news or events else None
+    return _write(session, lease, _beating(lease_seconds, told), news, events) == "cancelling"
+
+
+@lru_cache(maxsize=64)  # as of `_next_for`
+def _beating(lease_seconds: float, told: int | None) -> ReturningUpdate[str, int]:
+    return _held(HELD).values(lease_until=db_now(lease_seconds), **({} if told is None else _told(told)))
 
 
 def finish(
@@ -195,24 +220,27 @@ def finish(
     files: Sequence[StoredFile] = (),
 ) -> None:
     """End the job. A job whose cancel is requested ends only as `cancelled`, and no other does: LeaseLost otherwise."""
-    values = _ended(state) | {"report": report, "error": error}
+    result: dict[str, Any] = {"report": report, "error": error}
     if state == "succeeded":
-        values |= {"artifact_prefix": lease.artifact_prefix, "stored_bytes": sum(file.bytes for file in files)}
+        result |= {"artifact_prefix": lease.artifact_prefix, "stored_bytes": sum(file.bytes for file in files)}
     if progress is not None:
-        values |= {"progress": progress}
-    _write(session, lease, ("cancelling",) if state == "cancelled" else ("running",), values, [_ending(state, error)])
+        result |= {"progress": progress}
+    _write(session, lease, _finishing(state), result, [_ending(state, error)])
     if files:
-        session.execute(
-            insert(Artifact),
-            [{"job_id": lease.job_id, "tenant_id": lease.tenant_id, "path": f.path, "role": f.role, "bytes": f.bytes, "sha256": f.sha256} for f in files],
-        )
+        of_job = {"job_id": lease.job_id, "tenant_id": lease.tenant_id}
+        session.execute(insert(ARTIFACTS), [of_job | {"path": f.path, "role": f.role, "bytes": f.bytes, "sha256": f.sha256} for f in files])
     _pass_on(session, lease)
+
+
+@lru_cache  # as of `_next_for`
+def _finishing(state: str) -> ReturningUpdate[str, int]:
+    return _held(("cancelling",) if state == "cancelled" else ("running",)).values(**_ended(state), **_told(1))
 
 
 def release(session: Session, lease: Lease, why: str, *, charged: bool) -> None:
     """Put the job back into the queue; an attempt that isn't `charged` doesn't count against `max_attempts`."""
     event = Event("requeued", why, {"attempt": lease.attempt, "charged": charged})
-    _write(session, lease, ("running",), _requeued() | {"attempt": Job.attempt - (0 if charged else 1)}, [event])
+    _write(session, lease, _held(("running",)).values(**_requeued(), attempt=Job.attempt - (0 if charged else 1), **_told(1)), {}, [event])
     _publish_again(session, lease.job_id, lease.tenant_id)
 
 
@@ -235,7 +263,7 @@ def reap(session: Session, limit: int = 100) -> list[str]:
         values["ran_seconds"] = _ran_until(Job.lease_until)
         expired = Event("lease_expired", f"Nothing was heard of attempt {lease.attempt} for the length of its lease.", {"attempt": lease.attempt})
         try:
-            _write(session, lease, (row.state,), values, [expired, event], *run_out)
+            _write(session, lease, _held((row.state,)).where(*run_out).values(**values, **_told(2)), {}, [expired, event])
         except LeaseLost:
             continue
         if values["state"] == "queued":
@@ -332,27 +360,27 @@ def publish_stale(session: Session, queue: str, older_than_seconds: float, limit
 @lru_cache(maxsize=64)  # it takes longer to build than to execute
 def _next_for(queue: str, host_bytes: int, device_bytes: int) -> ScalarSelect[str]:
     """The id of the job that a worker with so much memory should do next. Reads one job of each tenant, along the index ix_jobs_claim."""
-    head, candidate = aliased(Job), aliased(Job)
-    fits = [or_(head.host_bytes.is_(None), head.host_bytes <= host_bytes)]
+    head, candidate = JOBS.alias(), JOBS.alias()
+    fits = [or_(head.c.host_bytes.is_(None), head.c.host_bytes <= host_bytes)]
     if device_bytes:
-        fits.append(or_(head.device_bytes.is_(None), head.device_bytes <= device_bytes))
-    in_time = or_(head.start_by.is_(None), head.started_at.is_not(None), head.start_by > db_now())
+        fits.append(or_(head.c.device_bytes.is_(None), head.c.device_bytes <= device_bytes))
+    in_time = or_(head.c.start_by.is_(None), head.c.started_at.is_not(None), head.c.start_by > db_now())
     first = (
-        select(head.id)
-        .where(head.tenant_id == Tenant.id, head.queue == queue, head.state == "queued", in_time, *fits)
-        .order_by(head.priority.desc(), head.created_at, head.id)
+        select(head.c.id)
+        .where(head.c.tenant_id == TENANTS.c.id, head.c.queue == queue, head.c.state == WAITS, in_time, *fits)
+        .order_by(head.c.priority.desc(), head.c.created_at, head.c.id)
         .limit(1)
-        .correlate(Tenant)
+        .correlate(TENANTS)
         .scalar_subquery()
     )
     running = _running()
     return (
-        select(candidate.id)
-        .select_from(Tenant)
-        .join(candidate, candidate.id == first)
-        .outerjoin(running, running.c.tenant_id == Tenant.id)
+        select(candidate.c.id)
+        .select_from(TENANTS)
+        .join(candidate, candidate.c.id == first)
+        .outerjoin(running, running.c.tenant_id == TENANTS.c.id)
         .where(_may_run_more(running))
-        .order_by(candidate.priority.desc(), func.coalesce(running.c.jobs, 0), candidate.created_at, candidate.id)
+        .order_by(candidate.c.priority.desc(), func.coalesce(running.c.jobs, 0), candidate.c.created_at, candidate.c.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=candidate)
         .scalar_subquery()
@@ -361,12 +389,12 @@ def _next_for(queue: str, host_bytes: int, device_bytes: int) -> ScalarSelect[st
 
 def _running() -> Subquery:
     """How many jobs each tenant runs, where it runs any."""
-    job = aliased(Job)
-    return select(job.tenant_id, func.count().label("jobs")).where(job.state.in_(HELD)).group_by(job.tenant_id).subquery()
+    job = JOBS.alias()
+    return select(job.c.tenant_id, func.count().label("jobs")).where(job.c.state.in_(HELD)).group_by(job.c.tenant_id).subquery()
 
 
 def _may_run_more(running: Subquery) -> ColumnElement[bool]:
-    return or_(Tenant.max_running.is_(None), func.coalesce(running.c.jobs, 0) < Tenant.max_running)
+    return or_(TENANTS.c.max_running.is_(None), func.coalesce(running.c.jobs, 0) < TENANTS.c.max_running)
 
 
 # ------------------------------------------------------------------- helpers
@@ -390,24 +418,27 @@ def _over() -> dict[str, Any]:
 
 
 def _ran_until(moment: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElement[float]:
-    return Job.ran_seconds + func.coalesce(seconds_between(Job.claimed_at, moment), 0.0)
+    return JOBS.c.ran_seconds + func.coalesce(seconds_between(JOBS.c.claimed_at, moment), 0.0)
 
 
 def _told(events: int) -> dict[str, Any]:
     """The change of a row that its readers are to see, with so many events."""
-    return {"last_event": Job.last_event + events, "version": Job.version + 1, "updated_at": db_now()}
+    return {"last_event": JOBS.c.last_event + events, "version": JOBS.c.version + 1, "updated_at": db_now()}
 
 
 def _ending(state: str, error: dict[str, str] | None) -> Event:
     return Event(state, error["message"], {"code": error["code"]}) if error else Event(state, f"The job {'was ' if state == 'cancelled' else ''}{state}.")
 
 
-def _write(session: Session, lease: Lease, states: Sequence[str], values: dict[str, Any], events: Sequence[Event], *conditions: ColumnElement[bool]) -> str:
-    """The conditional UPDATE, and the events that come with it; returns the job's state after it."""
-    if events:
-        values = values | _told(len(events))
-    statement = update(Job).where(Job.id == lease.job_id, Job.lease_token == lease.token, Job.state.in_(states), *conditions).values(**values)
-    row = session.execute(statement.returning(Job.state, Job.last_event), execution_options=UNSYNCHRONIZED).one_or_none()
+def _held(states: Sequence[str]) -> ReturningUpdate[str, int]:
+    """The conditional UPDATE that `_write` executes."""
+    held = (JOBS.c.id == bindparam("held_job"), JOBS.c.lease_token == bindparam("held_token"), or_(*(JOBS.c.state == state for state in states)))
+    return update(JOBS).where(*held).returning(JOBS.c.state, JOBS.c.last_event)
+
+
+def _write(session: Session, lease: Lease, change: ReturningUpdate[str, int], values: dict[str, Any], events: Sequence[Event]) -> str:
+    """Make a change that counts these events, with more values, if the lease is held, and write the events; returns the job's state after it."""
+    row = session.execute(change, values | {"held_job": lease.job_id, "held_token": lease.token}).one_or_none()
     if row is None:
         raise LeaseLost(lease.job_id)
     _tell(session, lease, row.last_event, events)
@@ -427,6 +458,15 @@ def _publish_again(session: Session, job_id: str, tenant_id: str) -> None:
 def _pass_on(session: Session, lease: Lease) -> None:
     """Publish the next job of a tenant that may run only so many: its message may have come while it had to wait for this one's end."""
     if lease.capped:
-        waits = select(Job.id, Job.tenant_id).where(Job.tenant_id == lease.tenant_id, Job.state == "queued")
-        first = waits.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
-        session.execute(insert(OutboxMessage).from_select(["job_id", "tenant_id"], first))
+        session.execute(_passing_on(), {"of_tenant": lease.tenant_id, "own": lease.queue})
+
+
+@lru_cache  # as of `_next_for`
+def _passing_on() -> Insert:
+    """Of the classes that have workers, the one that has just lost a job among them, it reads one job each, along the index ix_jobs_claim."""
+    classes = union(select(WORKERS.c.queue), select(bindparam("own", type_=String()).label("queue"))).subquery()
+    head, candidate = JOBS.alias(), JOBS.alias()
+    waits = select(head.c.id).where(head.c.tenant_id == bindparam("of_tenant"), head.c.queue == classes.c.queue, head.c.state == WAITS)
+    first = waits.order_by(head.c.priority.desc(), head.c.created_at, head.c.id).limit(1).correlate(classes).scalar_subquery()
+    found = select(candidate.c.id, candidate.c.tenant_id).select_from(classes).join(candidate, candidate.c.id == first)
+    return insert(OUTBOX).from_select(["job_id", "tenant_id"], found.order_by(candidate.c.priority.desc(), candidate.c.created_at, candidate.c.id).limit(1))

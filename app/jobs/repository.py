@@ -10,14 +10,13 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Insert, Select, String, bindparam, case, delete, exists, func, insert, literal, select, tuple_, type_coerce, update
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Session, defer, joinedload, lazyload
-from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm import Session, defer, joinedload
 from sqlalchemy.sql.dml import ReturningInsert
 from uuid_utils import uuid7
 
 from app import telemetry, totals
 from app.database import Base, UtcDateTime, db_now
-from app.models import FINISHED, RETRIED, Artifact, Job, JobEvent, OutboxMessage, Tenant, Worker
+from app.models import FINISHED, RETRIED, Artifact, Job, JobEvent, OutboxMessage, SinkRun, Tenant, Worker
 from app.recipe import Limits, Recipe
 from app.sinks import repository as sinks
 from app.webhooks.deliveries import announce
@@ -26,6 +25,12 @@ MAX_MESSAGE_LENGTH = 10_000
 COUNTED = ("claimed", "requeued", "lease_expired", "succeeded", "failed", "cancelled")  # events of which the metrics tell how many there were
 
 JOBS, EVENTS, OUTBOX = (Base.metadata.tables[model.__tablename__] for model in (Job, JobEvent, OutboxMessage))  # written by without an ORM's detours
+TIMES = (JOBS.c.created_at, JOBS.c.updated_at, JOBS.c.start_by)
+UNTOLD = (  # what only concerns who does the job; each column takes time to read
+    *(Job.report, Job.host_bytes, Job.device_bytes, Job.max_runtime, Job.ran_seconds, Job.claimed_at, Job.start_by, Job.trace_parent),
+    *(Job.lease_owner, Job.lease_token, Job.lease_until, Job.published_at, Job.cancel_requested_at, Job.stored_bytes),
+)
+TOLD_OF_SINK = (SinkRun.name, SinkRun.target, SinkRun.state, SinkRun.tries, SinkRun.result, SinkRun.error, SinkRun.updated_at)
 NEW: dict[str, Any] = {"state": "queued", "progress": {}, "attempt": 0, "lease_token": 0, "ran_seconds": 0.0, "stored_bytes": 0, "version": 1}
 
 
@@ -55,7 +60,7 @@ def insert_job(
     device_bytes: int | None = None,
     message: str = "Queued.",
 ) -> Job:
-    """A queued job, its first event and the message that is to be published."""
+    """A queued job, its first event and the message that is to be published. The session does not know the object."""
     row = {
         "id": f"job_{uuid7().hex}",
         "tenant_id": tenant_id,
@@ -64,7 +69,6 @@ def insert_job(
         "recipe": _stored(recipe),
         "queue": queue,
         "priority": priority,
-        "metadata": labels or {},
         "webhook_id": webhook_id,
         "host_bytes": host_bytes,
         "device_bytes": device_bytes,
@@ -76,20 +80,19 @@ def insert_job(
     }
     of_job = {"of_job": row["id"], "of_tenant": tenant_id, "said": message}
     first, *others = _insertions(session.get_bind().dialect.name, recipe.limits.max_pending)
-    job: Job = session.scalars(select(Job).from_statement(first).options(lazyload(Job.sinks)), row | of_job).one()
-    set_committed_value(job, "sinks", [])
+    times = session.execute(first, row | of_job | {"metadata": labels or {}}).one()
     for other in others:
         session.execute(other, of_job)
-    return job
+    return Job(**row, labels=labels or {}, **times._mapping)
 
 
 @lru_cache(maxsize=64)  # every submission needs them, and they take longer to build than to execute
 def _insertions(dialect: str, max_pending: float | None) -> Sequence[ReturningInsert[Any] | Insert]:
-    """A job, which is returned, its first event and its message: on Postgres as one statement, which saves two round trips."""
+    """A job, whose times are returned, its first event and its message: on Postgres as one statement, which saves two round trips."""
     of_job = {"job_id": bindparam("of_job", type_=String()), "tenant_id": bindparam("of_tenant", type_=String())}
     event = insert(EVENTS).values(**of_job, sequence=1, kind="queued", message=bindparam("said"), data={})
     message = insert(OUTBOX).from_select(list(of_job), select(*of_job.values()))  # by VALUES, a statement within another would name the id that is counted up
-    job = insert(JOBS).values(start_by=None if max_pending is None else db_now(max_pending)).returning(*JOBS.c)
+    job = insert(JOBS).values(start_by=None if max_pending is None else db_now(max_pending)).returning(*TIMES)
     return (job.add_cte(event.cte("event"), message.cte("message")),) if dialect == "postgresql" else (job, event, message)
 
 
@@ -138,14 +141,14 @@ def insert_event(session: Session, job_id: str, tenant_id: str, queue: str, sequ
 
 
 def find_job(session: Session, tenant_id: str, job_id: str) -> Job | None:
-    """A job without its report, which is long, and with its sinks by the same query."""
+    """A job with its sinks by the same query, and of each what may be told, without the report, which is long."""
     return session.scalars(_found(), {"wanted": job_id, "tenant": tenant_id}).unique().one_or_none()
 
 
 @lru_cache  # as of the others that every request needs
 def _found() -> Select[Job]:
     one = select(Job).where(Job.id == bindparam("wanted"), Job.tenant_id == bindparam("tenant"))
-    return one.options(defer(Job.report, raiseload=True), joinedload(Job.sinks))
+    return one.options(*(defer(column, raiseload=True) for column in UNTOLD), joinedload(Job.sinks).load_only(*TOLD_OF_SINK, raiseload=True))
 
 
 def find_report(session: Session, tenant_id: str, job_id: str) -> dict[str, Any] | None:

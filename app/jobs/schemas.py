@@ -130,6 +130,10 @@ class Job(Out):
     metadata: dict[str, str] = Field(description="The submitter's own pairs.", examples=[{"run": "42"}])
     recipe: Recipe = Field(description="The whole recipe, with every default filled in.")
     error: JobError | None = Field(description="Why it failed; null otherwise.")
+    webhook: str | None = Field(
+        description="The webhook that it named, beside those that hear of every job. What was sent there: GET /v1/webhooks/{webhook}/deliveries?job_id={id}.",
+        examples=["wh_0193d5f0c1d57a3c8d4e0a1b2c3d4e5f"],
+    )
     sinks: list[SinkRun] = Field(description="Where the result goes once it has succeeded, and what became of that.")
     links: Links = Field(description="Where its parts are.")
     created_at: datetime = Field(description="When it was submitted (UTC).", examples=["2026-11-22T01:02:03.456Z"])
@@ -151,8 +155,8 @@ class Job(Out):
             artifacts=f"{path}/artifacts" if stored else None,
             checkpoint=f"{path}/checkpoint" if stored else None,
         )
-        of_row = {name: getattr(job, name) for name in cls.model_fields.keys() - {"links", "metadata"}}
-        return cls.model_validate({**of_row, "links": links, "metadata": job.labels})
+        of_row = {name: getattr(job, name) for name in cls.model_fields.keys() - {"links", "metadata", "webhook"}}
+        return cls.model_validate({**of_row, "links": links, "metadata": job.labels, "webhook": job.webhook_id})
 
 
 class JobPage(Out):

@@ -109,7 +109,7 @@ def submit(session: Session, tenant_id: str, recipe: Submission, cost: Estimate 
     )
     if recipe.sinks:
         insert_runs(session, tenant_id, job.id, recipe.sinks, Vault(settings), "pending")
-        session.refresh(job, ["sinks"])
+        return get_job(session, tenant_id, job.id)
     return job
 
 

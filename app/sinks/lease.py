@@ -18,11 +18,13 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
+from app import totals
 from app.database import db_now
 from app.jobs.lease import LeaseLost
 from app.jobs.repository import insert_event
 from app.models import Job, SinkRun
 
+OUTCOMES = ("succeeded", "retried", "failed")
 UNSYNCHRONIZED = {"synchronize_session": False}
 SKIPPED_SECONDS = 7 * 24 * 3600  # for which the secrets of a skipped sink are kept
 LOST = {
@@ -75,12 +77,15 @@ def finish(
     if error is not None:
         data, message = data | {"code": error["code"]}, f"Sink {turn.number} ({turn.name}) failed: {error['message']}"
     _write(session, turn, {"state": state, "result": result, "error": error, "secrets": None, "next_at": None}, (f"sink_{state}", message, data))
+    totals.count(session, totals.SINK_TRIES, sink=turn.name, outcome=state)
 
 
 def retry(session: Session, turn: Turn, after_seconds: float, error: dict[str, str] | None, *, charged: bool = True) -> None:
     """Let go of it for a while; a try that isn't `charged` doesn't count."""
     values: dict[str, Any] = {"next_at": db_now(after_seconds), "error": error, "tries": SinkRun.tries - (0 if charged else 1)}
     _write(session, turn, values, None)
+    if charged:
+        totals.count(session, totals.SINK_TRIES, sink=turn.name, outcome="retried")
 
 
 def forget_skipped(session: Session) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +23,11 @@ from app.settings import get_settings
 from app.sinks.reach import look_up
 from app.sinks.results import Result, ResultFile, SinkFailed, read
 from app.sinks.schemas import S3
+from app.sinks.tunnel import tunnel
 from app.storage import CHUNK_BYTES, PARTS_AT_ONCE, Store
 
 if TYPE_CHECKING:
-    from obstore.store import S3Config
+    from obstore.store import ClientConfig, S3Config
 
 MANIFEST = "manifest.json"
 SHA256 = "espalier-sha256"  # of the whole object, in its metadata
@@ -32,13 +35,13 @@ SHA256 = "espalier-sha256"  # of the whole object, in its metadata
 
 def copy(sink: S3, result: Result, store: Store, scratch: Path) -> dict[str, Any]:
     """-> the `url` below which the files lie, and the `manifest` among them."""
-    bucket = _open(sink)
     files = [{"path": file.path, "bytes": file.bytes, "sha256": file.sha256} for file in result.files]
     try:
-        for file in result.files:
-            if not _there(bucket, file):
-                _send(bucket, result, file, store)
-        obstore.put(bucket, MANIFEST, json.dumps({"job": result.job_id, "model": result.model, "method": result.method, "files": files}).encode())
+        with _opened(sink) as bucket:
+            for file in result.files:
+                if not _there(bucket, file):
+                    _send(bucket, result, file, store)
+            obstore.put(bucket, MANIFEST, json.dumps({"job": result.job_id, "model": result.model, "method": result.method, "files": files}).encode())
     except (UnauthenticatedError, PermissionDeniedError) as error:
         hint = "Give keys that may read and write below the prefix, and try the sink again."
         raise SinkFailed("sink_denied", "The S3 server refused the keys.", hint, final=True) from error
@@ -48,24 +51,30 @@ def copy(sink: S3, result: Result, store: Store, scratch: Path) -> dict[str, Any
     return {"url": sink.url, "manifest": f"{sink.url}/{MANIFEST}"}
 
 
-def _open(sink: S3) -> S3Store:
+@contextmanager
+def _opened(sink: S3) -> Iterator[S3Store]:
+    """An endpoint is looked up and checked once, and every connection goes there: the library itself would look it up each time, and follows redirects."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]  # of the operator, and obstore would use it where the sink says nothing
-    if sink.endpoint:
-        look_up(sink.endpoint, get_settings())
     url = urlsplit(sink.url)
-    config: S3Config = {"endpoint": sink.endpoint} if sink.endpoint else {}
-    return S3Store(
-        url.netloc,
-        config=config,
-        prefix=url.path.strip("/") or None,
-        region=sink.region,
-        access_key_id=sink.access_key.get_secret_value(),
-        secret_access_key=sink.secret_key.get_secret_value(),
-        virtual_hosted_style_request=not sink.endpoint,
-        client_options={"allow_http": (sink.endpoint or "").startswith("http://"), "connect_timeout": "5 seconds", "timeout": "60 seconds"},
-        retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=30)},
-    )
+    config: S3Config = {}
+    options: ClientConfig = {"allow_http": (sink.endpoint or "").startswith("http://"), "connect_timeout": "5 seconds", "timeout": "60 seconds"}
+    with ExitStack() as way:
+        if sink.endpoint:
+            address, ips = look_up(sink.endpoint, get_settings())
+            config["endpoint"] = sink.endpoint
+            options["proxy_url"] = way.enter_context(tunnel(ips, address.port))
+        yield S3Store(
+            url.netloc,
+            config=config,
+            prefix=url.path.strip("/") or None,
+            region=sink.region,
+            access_key_id=sink.access_key.get_secret_value(),
+            secret_access_key=sink.secret_key.get_secret_value(),
+            virtual_hosted_style_request=not sink.endpoint,
+            client_options=options,
+            retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=30)},
+        )
 
 
 def _there(bucket: S3Store, file: ResultFile) -> bool:

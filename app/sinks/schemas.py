@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, SecretStr, TypeAdapter, model_validator
 
@@ -11,6 +11,8 @@ from app.queues.schemas import Out
 from app.strict import Strict
 
 MAX_SINKS = 4  # of one submission
+SinkName = Literal["hub", "mlflow", "s3"]
+SINK_NAMES: tuple[str, ...] = get_args(SinkName)
 PLAIN_URL = r"^https?://[^\s/?#@\\]+(/[^\s?#@\\]*)?$"  # no user, no query: what stands in it is shown
 PRINTABLE = r"^[\x21-\x7e]+$"
 
@@ -117,7 +119,7 @@ class SinkRun(Out):
     """What becomes of a sink."""
 
     number: int = Field(description="0, 1, … within the job.", examples=[0])
-    name: Literal["hub", "mlflow", "s3"] = Field(description="Which kind of sink.", examples=["hub"])
+    name: SinkName = Field(description="Which kind of sink.", examples=["hub"])
     target: dict[str, Any] = Field(description="As submitted, without secrets.", examples=[{"name": "hub", "repository": "owner/name-pruned", "private": True}])
     state: Literal["pending", "waiting", "succeeded", "failed", "skipped"] = Field(
         description="`pending` until the job has succeeded, then `waiting` until it is done: `succeeded` or `failed`. `skipped`: the job did not succeed.",

@@ -121,12 +121,13 @@ def list_deliveries(
     caller: Admin,
     webhook_id: WebhookId,
     database: OpenDatabase,
-    cursor: Annotated[str | None, Query(max_length=64, pattern=r"^[^\x00]*$", description="`next` of the page before.")] = None,
+    job_id: Annotated[str | None, Query(max_length=64, pattern=r"^[^\x00]*$", description="Only what tells of this job.")] = None,
+    cursor: Annotated[str | None, Query(max_length=1024, description="`next` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=100, description="Most items of a page.")] = 20,
 ) -> DeliveryPage:
     """What was and is to be sent to a webhook, newest first."""
     with database.reading() as session:
-        found, following = service.list_deliveries(session, caller.tenant_id, webhook_id, cursor, limit)
+        found, following = service.list_deliveries(session, caller.tenant_id, webhook_id, job_id, cursor, limit)
     return DeliveryPage(items=[Delivery.model_validate(delivery) for delivery in found], next=following)
 
 

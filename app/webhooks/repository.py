@@ -43,9 +43,11 @@ def find_delivery(session: Session, tenant_id: str, webhook_id: str, delivery_id
     return session.scalar(select(Delivery).where(Delivery.id == delivery_id, Delivery.webhook_id == webhook_id, Delivery.tenant_id == tenant_id))
 
 
-def list_deliveries(session: Session, tenant_id: str, webhook_id: str, before: Delivery | None, limit: int) -> Sequence[Delivery]:
-    """Newest first, from the one before another on."""
+def list_deliveries(session: Session, tenant_id: str, webhook_id: str, job_id: str | None, before: Delivery | None, limit: int) -> Sequence[Delivery]:
+    """Newest first, from the one before another on; all, or those that tell of one job."""
     query = select(Delivery).where(Delivery.webhook_id == webhook_id, Delivery.tenant_id == tenant_id)
+    if job_id is not None:
+        query = query.where(Delivery.job_id == job_id)
     if before is not None:
         query = query.where(tuple_(Delivery.created_at, Delivery.id) < tuple_(literal(before.created_at, UtcDateTime()), literal(before.id)))
     return session.scalars(query.order_by(Delivery.created_at.desc(), Delivery.id.desc()).limit(limit)).all()

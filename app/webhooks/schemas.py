@@ -89,4 +89,4 @@ class DeliveryPage(Out):
     """Messages to a webhook, newest first; those of the last 30 days."""
 
     items: list[Delivery] = Field(description="The messages of this page.")
-    next: str | None = Field(description="Give it as `cursor` for the next page; null on the last one.")
+    next: str | None = Field(description="Give it as `cursor`, with the same `job_id`, for the next page; null on the last one.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.addresses import read_url, resolve
-from app.exceptions import AddressError, ConflictError, CursorError, NotFoundError, RecipeError
+from app.exceptions import AddressError, ConflictError, NotFoundError, RecipeError
 from app.models import Delivery, Webhook
+from app.paging import make_cursor, no_cursor, read_cursor
 from app.settings import Settings
 from app.vault import Vault
 from app.webhooks import deliveries, repository
@@ -74,14 +75,14 @@ def send_ping(session: Session, tenant_id: str, webhook_id: str) -> Delivery:
     return deliveries.ping(session, _enabled(session, tenant_id, webhook_id))
 
 
-def list_deliveries(session: Session, tenant_id: str, webhook_id: str, cursor: str | None, limit: int) -> tuple[list[Delivery], str | None]:
-    """A page of deliveries, newest first, and the cursor of the next page: the id of this one's last."""
+def list_deliveries(session: Session, tenant_id: str, webhook_id: str, job_id: str | None, cursor: str | None, limit: int) -> tuple[list[Delivery], str | None]:
+    """A page of deliveries, newest first, all or those that tell of one job, and the cursor of the next page."""
     get(session, tenant_id, webhook_id)
-    before = None if cursor is None else repository.find_delivery(session, tenant_id, webhook_id, cursor)
+    before = None if cursor is None else repository.find_delivery(session, tenant_id, webhook_id, read_cursor(cursor, job_id))
     if cursor is not None and before is None:
-        raise CursorError("The cursor is not one that this list gave.", code="cursor_invalid", hint="Give `next` of the page before, or no cursor.")
-    found = list(repository.list_deliveries(session, tenant_id, webhook_id, before, limit + 1))
-    return found[:limit], found[limit - 1].id if len(found) > limit else None
+        raise no_cursor()
+    found = list(repository.list_deliveries(session, tenant_id, webhook_id, job_id, before, limit + 1))
+    return found[:limit], make_cursor(found[limit - 1].id, job_id) if len(found) > limit else None
 
 
 def replay(session: Session, tenant_id: str, webhook_id: str, delivery_id: str) -> Delivery:

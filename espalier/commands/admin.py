@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from espalier.answers import Delivery, NewKey
-from espalier.commands.common import AsJson, Offers, connect, new_app
+from espalier.commands.common import AsJson, Offers, connect, new_app, offer_jobs
 from espalier.display import err, moment, number, out, print_json, state, table
 
 SCOPES = ("jobs:read", "jobs:write", "artifacts:read", "checkpoints:write", "admin")
@@ -120,10 +120,15 @@ def list_webhooks(as_json: AsJson = False) -> None:
 
 
 @webhooks.command()
-def deliveries(webhook_id: WebhookId, limit: Limit = 20, as_json: AsJson = False) -> None:
+def deliveries(
+    webhook_id: WebhookId,
+    job: Annotated[str | None, typer.Option(help="Only what tells of this job.", autocompletion=offer_jobs)] = None,
+    limit: Limit = 20,
+    as_json: AsJson = False,
+) -> None:
     """List what was and is to be sent to a webhook, newest first."""
     with connect() as client:
-        found = list(islice(client.deliveries(webhook_id), limit))
+        found = list(islice(client.deliveries(webhook_id, job_id=job), limit))
     if as_json:
         print_json(found)
         return

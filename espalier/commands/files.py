@@ -27,10 +27,16 @@ def download(
     job_id: JobId,
     to: Annotated[Path, typer.Option("--to", "-o", help="Folder for the files.", file_okay=False)] = Path(),
     role: Annotated[list[str] | None, typer.Option(help="Only files of this role: checkpoint, padded, report. May be repeated.")] = None,
+    tar: Annotated[Path | None, typer.Option(help="The whole checkpoint as this one file, instead.", metavar="FILE", dir_okay=False)] = None,
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted download stopped.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Download the files of a job and check their sha256. An interrupted download goes on where it stopped."""
+    if tar is not None:
+        if role or to != Path():
+            raise ClientError("--tar fetches the checkpoint as a whole, into one file; leave out --role and --to")
+        _download_tar(job_id, tar, resume, as_json)
+        return
     with connect() as client:
         files = fetch(client, job_id, to, roles=role or (), resume=resume, quiet=as_json)
     print_json(files) if as_json else out.print(f"{len(files)} files in {escape(str(to))}, sha256 of each as in the manifest", soft_wrap=True)
@@ -41,6 +47,15 @@ def fetch(client: Client, job_id: str, to: Path, *, roles: list[str] | tuple[str
     with _bars(quiet) as on_bytes:
         files = client.download(job_id, to, roles=roles, resume=resume, on_bytes=on_bytes)
     return [{"file": str(file.path), **file.artifact, "resumed_at": file.resumed_at} for file in files]
+
+
+def _download_tar(job_id: str, path: Path, resume: bool, as_json: bool) -> None:
+    with connect() as client, _bars(as_json) as on_bytes:
+        fetched = client.download_tar(job_id, path, resume=resume, on_bytes=on_bytes)
+    if as_json:
+        print_json({"file": str(path), "files": fetched.artifacts, "resumed_at": fetched.resumed_at})
+    else:
+        out.print(f"{len(fetched.artifacts)} files in {escape(str(path))}, sha256 of each as in the manifest", soft_wrap=True)
 
 
 @app.command()

@@ -44,7 +44,7 @@ class Running:
             job.update(self.client.get(f"/v1/jobs/{job_id}").json())
             return job["state"] in ("succeeded", "failed", "cancelled")
 
-        wait_until(ended, 60, "the job's end", pause=0.2)
+        wait_until(ended, 120, "the job's end", pause=0.2)
         return job
 
 
@@ -72,6 +72,8 @@ def running(home: Path, behaviour: dict[str, Any], environment: dict[str, str], 
         str(port),
         "--workers",
         str(api_workers),
+        "--timeout-worker-healthcheck",
+        "120",  # seconds; a machine may be slow, and a test may stop a process
     ]
     celery = ["celery", "--quiet", "-A", "tests.faults.worker", "worker", "-Q", "prune", "-c", "1", "--without-mingle", "--without-gossip"]
     processes = []
@@ -91,7 +93,7 @@ def running(home: Path, behaviour: dict[str, Any], environment: dict[str, str], 
     database.dispose()
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=30) as client:
-            wait_until(lambda: _answers(client), 60, "the API")
+            wait_until(lambda: _answers(client), 120, "the API")
             yield Running(client, key, home, processes[0], processes[1:])
     finally:
         for process in processes:

@@ -51,12 +51,12 @@ def serving(database_url: str, home: Path, **settings: str) -> Iterator[Server]:
     server = Server(port, key, database, process)
     try:
         with server.client() as client:
-            wait_until(lambda: _lives(client), 60, "the server")
+            wait_until(lambda: _lives(client), 120, "the server")
         yield server
     finally:
         process.terminate()
         try:
-            process.wait(30)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

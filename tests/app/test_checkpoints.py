@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tests.app.conftest import RECIPE, Api, make_settings
 from tests.checkpoints import store_checkpoint
 from tests.jobs import wait_until
 from tests.models import make_checkpoint, write_json
+from tests.servers import S3
 
 PART_BYTES = 2**16
 PRUNING = RECIPE | {"method": "magnitude", "evaluation": None}
@@ -406,7 +408,7 @@ def test_uploads_that_rest_are_given_up_and_stray_parts_are_swept(api: Api, fold
 def test_the_verification_of_a_killed_process_is_taken_up_by_another(api: Api, folder: Path, tmp_path: Path) -> None:
     large = shutil.copytree(folder, tmp_path / "large")
     with (large / "zeros.txt").open("wb") as file:
-        file.truncate(64 * 2**20)
+        file.truncate(256 * 2**20)
     settings = api.settings.model_copy(update={"upload_part_bytes": 2**30})
     checkpoint_id = store_checkpoint(api.database, api.store, settings, tenant_id(api), large, verified=False)
     names = ("store_url", "s3_endpoint", "s3_region", "lease_seconds", "beat_seconds", "home")
@@ -422,7 +424,7 @@ def test_the_verification_of_a_killed_process_is_taken_up_by_another(api: Api, f
             return session.get_one(Checkpoint, checkpoint_id)
 
     first = start()
-    wait_until(lambda: row().lease_until is not None, 30, "the verification", pause=0.005)
+    wait_until(lambda: row().lease_until is not None, 60, "the verification", pause=0.005)
     first.kill()
     first.wait()
     killed = row()
@@ -432,14 +434,13 @@ def test_the_verification_of_a_killed_process_is_taken_up_by_another(api: Api, f
         wait_until(lambda: row().state != "verifying", 60, "the second verification", pause=0.1)
     finally:
         second.send_signal(signal.SIGTERM)
-        second.wait(30)
+        second.wait(60)
     assert (row().state, row().error) == ("ready", None)
 
 
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
+@contextmanager
+def api_process(home: Path, **environment: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
     """The API as a process of its own, with parts of 128 MiB."""
-    home = tmp_path_factory.mktemp("process")
     migrate(url := f"sqlite:///{home}/espalier.db")
     database = Database(url)
     with database.writing() as session:
@@ -447,9 +448,9 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cl
     database.dispose()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         command = [sys.executable, "-m", "uvicorn", "app.main:create_app", "--factory", "--no-access-log", "--fd", str(listener.fileno())]
-        environment = os.environ | {"ESPALIER_HOME": str(home), "ESPALIER_UPLOAD_PART_BYTES": str(2**27)}
+        settings = os.environ | environment | {"ESPALIER_HOME": str(home), "ESPALIER_UPLOAD_PART_BYTES": str(2**27)}
         with (home / "api.log").open("wb") as log:
-            api = subprocess.Popen(command, env=environment, stderr=log, pass_fds=[listener.fileno()], preexec_fn=dies_with(os.getpid()))  # noqa: PLW1509
+            api = subprocess.Popen(command, env=settings, stderr=log, pass_fds=[listener.fileno()], preexec_fn=dies_with(os.getpid()))  # noqa: PLW1509
         base = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with httpx.Client(base_url=base, headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=60) as client:
             client.get("/livez").raise_for_status()
@@ -458,16 +459,29 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cl
         api.wait(30)
 
 
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
+    with api_process(tmp_path_factory.mktemp("process")) as made:
+        yield made
+
+
+@pytest.fixture
+def process_on_s3(tmp_path: Path, s3: S3) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
+    with api_process(tmp_path, **s3.environment) as made:
+        yield made
+
+
 def put_there(client: httpx.Client, checkpoint: dict[str, Any], part: uploading.Part) -> httpx.Response:
     path = f"/v1/checkpoints/{checkpoint['id']}/files/{part.file.name}/parts/{part.number}"
     return client.put(path, content=part.read(), headers=part.headers())
 
 
-def test_a_large_part_takes_little_memory(process: tuple[httpx.Client, subprocess.Popen[bytes]], folder: Path, tmp_path: Path) -> None:
-    client, api = process
+@pytest.mark.parametrize("store", ["process", "process_on_s3"])
+def test_a_large_part_takes_little_memory(store: str, request: pytest.FixtureRequest, folder: Path, tmp_path: Path) -> None:
+    client, api = request.getfixturevalue(store)
     large = shutil.copytree(folder, tmp_path / "large")
     with (large / "zeros.txt").open("wb") as file:
-        file.truncate(2**28)
+        file.truncate(2**27)
     checkpoint = client.post("/v1/checkpoints", json=declaration(large)).json()
 
     def peak() -> int:
@@ -476,8 +490,8 @@ def test_a_large_part_takes_little_memory(process: tuple[httpx.Client, subproces
     small = {file["path"]: file for file in checkpoint["files"]}
     assert put_there(client, checkpoint, uploading.missing_parts(checkpoint, small["tokenizer.json"], large)[0]).status_code == 201
     before = peak()
-    for part in uploading.missing_parts(checkpoint, small["zeros.txt"], large):
-        assert put_there(client, checkpoint, part).status_code == 201
+    (part,) = uploading.missing_parts(checkpoint, small["zeros.txt"], large)
+    assert put_there(client, checkpoint, part).status_code == 201
     assert peak() - before < 32 * 2**20
     said = client.post("/v1/jobs", content=b" " * (2**20 + 1), headers={"Content-Type": "application/json"})
     assert (said.status_code, said.json()["code"]) == (413, "body_too_large")  # others than parts have the bound that they had

@@ -124,7 +124,7 @@ def test_a_wake_up_publishes_at_once(tmp_path: Path) -> None:
         time.sleep(0.3)
         jobs.submit(database)
         dispatcher.wake()
-        assert jobs.wait_until(lambda: jobs.outbox(database) == 0, 5) < 1
+        assert jobs.wait_until(lambda: jobs.outbox(database) == 0) < settings.sweep_seconds / 2
     finally:
         dispatching.stop()
         database.dispose()
@@ -144,10 +144,10 @@ def test_a_broker_outage_delays_messages_and_keeps_no_lease_from_being_reaped(tm
         dispatching.start()
         try:
             waiting = jobs.submit(database)
-            jobs.wait_for_state(database, expired, "failed", seconds=10)
+            jobs.wait_for_state(database, expired, "failed")
             assert jobs.outbox(database) == 1
             server.start()
-            jobs.wait_until(lambda: jobs.outbox(database) == 0, 20, "the message")
+            jobs.wait_until(lambda: jobs.outbox(database) == 0, 120, "the message")  # the pauses between tries grow to half a minute
         finally:
             dispatching.stop()
         assert waiting in received(settings)
@@ -160,7 +160,7 @@ def test_a_broker_that_does_not_answer_is_given_up_soon(tmp_path: Path) -> None:
         began = time.monotonic()
         with pytest.raises(Exception, match=r"(?i)timeout|timed out"):
             queue.publish(settings, "job_1")
-        assert time.monotonic() - began < 25
+        assert time.monotonic() - began < 60
 
 
 def test_a_broker_that_hangs_keeps_no_lease_from_being_reaped(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_broker_that_hangs_keeps_no_lease_from_being_reaped(tmp_path: Path) ->
             for job_id in ids:
                 with database.writing() as session:
                     leases.claim(session, job_id, "worker", 0.001)
-                jobs.wait_for_state(database, job_id, "failed", seconds=3)
+                jobs.wait_for_state(database, job_id, "failed", seconds=10)  # less than one try at the broker takes
         finally:
             dispatching.stop()
             database.dispose()
@@ -191,7 +191,7 @@ def test_a_database_outage_is_survived(tmp_path: Path) -> None:
             time.sleep(1)
             server.start()
             job_id = jobs.submit(database)
-            jobs.wait_until(lambda: jobs.outbox(database) == 0, 20, "the message")
+            jobs.wait_until(lambda: jobs.outbox(database) == 0, 120, "the message")  # the pauses between tries grow to half a minute
         finally:
             dispatching.stop()
             database.dispose()
@@ -205,10 +205,10 @@ def test_alone_it_publishes_and_ends_on_sigterm(tmp_path: Path, monkeypatch: pyt
     job_id = jobs.submit(database)
     with subprocess.Popen([sys.executable, "-m", "app.dispatcher"]) as process:
         try:
-            jobs.wait_until(lambda: jobs.outbox(database) == 0, 30, "the message")
+            jobs.wait_until(lambda: jobs.outbox(database) == 0, 120, "the message")  # the pauses between tries grow to half a minute
         finally:
             process.terminate()
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
     database.dispose()
     assert received(settings) == [job_id]
 

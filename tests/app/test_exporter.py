@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import pytest
 from obstore.store import S3Store
 from sqlalchemy import update
 
+from app import totals
 from app.auth import Caller
 from app.database import Database, db_now
 from app.jobs.lease import StoredFile, claim, finish
@@ -44,7 +46,7 @@ from tests.servers import S3, free_port, fresh_database
 
 RECIPE = {"model": "owner/dense", "method": "cfsp", "sparsity": 0.3}
 WEIGHTS = os.urandom(1_000_000) * 20  # more than two parts of an upload
-QUICK = {"SWEEP_SECONDS": "0.1", "LEASE_SECONDS": "3", "BEAT_SECONDS": "0.5", "SINK_RETRY_SECONDS": "0.2", "SINK_TRIES": "3"}
+QUICK = {"SWEEP_SECONDS": "0.1", "LEASE_SECONDS": "120", "BEAT_SECONDS": "0.5", "SINK_RETRY_SECONDS": "0.2", "SINK_TRIES": "3"}
 
 
 def make_report() -> dict[str, Any]:
@@ -131,7 +133,7 @@ def exporting(service: Service, **changes: str) -> Iterator[subprocess.Popen[byt
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) in (0, -signal.SIGKILL)
+        assert process.wait(60) in (0, -signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -207,14 +209,26 @@ def test_a_result_is_copied_to_the_caller_s_bucket(exported: Service, s3: S3, tm
     assert get(exported.database, job_id).sinks[0].state == "succeeded"
 
 
+def counts(service: Service) -> Counter[str]:
+    """The tries at buckets, by what came of them, and how many were timed."""
+    found: Counter[str] = Counter()
+    with service.database.reading() as session:
+        for name, labels, value in totals.read(session):
+            if labels.get("sink") == "s3" and name in (totals.SINK_TRIES, f"{totals.SINK_SECONDS}_bucket"):
+                found[labels.get("outcome", totals.SINK_SECONDS)] += int(value)
+    return found
+
+
 def test_a_wrong_key_is_told_at_once_and_a_server_that_is_away_is_tried_again(exported: Service, s3: S3, tmp_path: Path) -> None:
     wrong, away = to_s3(s3, "wrong", secret_key="wrong"), to_s3(s3, "away", endpoint=f"http://127.0.0.1:{free_port()}")
+    before = counts(exported)
     job_id = exported.succeed(tmp_path, wrong, away, files={"report.json": b"{}"})
     denied, unreachable = exported.wait(job_id, "failed"), exported.wait(job_id, "failed", 1)
     assert (denied.error["code"], denied.tries, denied.secrets) == ("sink_denied", 1, None)  # type: ignore[index]
     assert (unreachable.error["code"], unreachable.tries) == ("sink_unreachable", 3)  # type: ignore[index]
     assert events(exported.database, job_id).count("sink_failed") == 2
     assert get(exported.database, job_id).state == "succeeded"
+    assert counts(exported) - before == {"failed": 2, "retried": 2, totals.SINK_SECONDS: 4}
 
 
 def test_what_is_damaged_or_deleted_in_our_store_is_not_brought_anywhere(exported: Service, s3: S3, tmp_path: Path) -> None:
@@ -269,11 +283,13 @@ def test_an_exporter_that_is_killed_in_the_middle_of_an_upload_is_followed_by_an
             assert hub.receiving.wait(60)
             (child,) = psutil.Process(process.pid).children()
             process.kill()
-            psutil.wait_procs([child], 10)
+            psutil.wait_procs([child], 60)
             assert not child.is_running()
     finally:
         hub.pause = 0
     assert service_.sink(job_id).state == "waiting"
+    with service_.database.writing() as session:  # its lease runs out
+        session.execute(update(SinkRun).where(SinkRun.job_id == job_id).values(next_at=db_now(-1)))
     with exporting(service_):
         assert service_.wait(job_id, "succeeded").tries == 2
     assert hub.repositories["owner/killed"].commits == [f"Pruned by Espalier, {job_id}"]
@@ -296,7 +312,7 @@ def test_sigterm_gives_the_sink_back_uncounted_and_a_deleted_job_ends_it(service
             (child,) = psutil.Process(process.pid).children()
             with service_.database.writing() as session:
                 session.delete(session.get_one(Job, job_id))
-            psutil.wait_procs([child], 10)
+            psutil.wait_procs([child], 60)
             assert not child.is_running()
     finally:
         hub.pause = 0

@@ -65,7 +65,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Lines:
     ],
 )
 def test_no_secret_reaches_a_log(logged: Lines, fields: dict[str, Any], hidden: str) -> None:
-    structlog.get_logger("ours").warning("a secret", **fields)
+    structlog.get_logger("ours").warning("told", **fields)  # no word that is looked for itself
     logging.getLogger("theirs").warning("with %s", fields)
     try:
         raise RuntimeError(str(fields))

@@ -8,10 +8,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import promql_parser as promql
+import psutil
 import pytest
 import yaml
 from fastapi.testclient import TestClient
@@ -21,15 +24,20 @@ from sqlalchemy import delete, update
 
 from app import metrics, totals
 from app.database import Database, db_now
-from app.jobs.lease import reap, release
+from app.jobs.lease import finish, reap, release
 from app.main import create_app
-from app.models import Job, OutboxMessage, Total, Worker
+from app.models import Delivery, Job, OutboxMessage, SinkRun, Total, Worker
 from app.settings import Settings
+from app.sinks import lease as sinks
+from app.webhooks import deliveries
+from app.webhooks.repository import insert_webhook
+from app.webhooks.schemas import NewWebhook
 from migrations import migrate
 from tests import jobs
 from tests.app.conftest import Api, insert_jobs, make_settings
 from tests.app.running import RECIPE, Running, running
 from tests.app.test_bad_input import check_problem
+from tests.app.test_sinks import HUB
 from tests.servers import fresh_database, postgres
 
 TOKEN = "token-of-the-metrics"
@@ -188,6 +196,45 @@ def test_the_outbox(api: Api) -> None:
     assert 60 <= figures[key("espalier_outbox_lag_seconds")] < 90
 
 
+def test_what_is_to_be_done_after_jobs(api: Api) -> None:
+    figures = scrape(api)
+    assert figures[key("espalier_deliveries_waiting")] == figures[key("espalier_deliveries_lag_seconds")] == 0
+    assert figures[key("espalier_sinks_waiting", sink="s3")] == figures[key("espalier_sinks_lag_seconds", sink="s3")] == 0
+    job_id = api.submit(sinks=[HUB, HUB])
+    held = api.start(job_id)
+    with api.database.writing() as session:
+        finish(session, held, "succeeded", report={})
+    with api.database.writing() as session:
+        webhook = insert_webhook(session, session.get_one(Job, job_id).tenant_id, NewWebhook(url="https://example.com/"), "sealed")
+        for _ in range(3):
+            deliveries.ping(session, webhook)
+    for table, seconds in ((Delivery, 40), (SinkRun, 70)):
+        with api.database.writing() as session:
+            session.execute(update(table).values(next_at=db_now(-seconds)))
+    figures = scrape(api)
+    assert figures[key("espalier_deliveries_waiting")] == 3
+    assert 40 <= figures[key("espalier_deliveries_lag_seconds")] < 70
+    assert figures[key("espalier_sinks_waiting", sink="hub")] == 2
+    assert 70 <= figures[key("espalier_sinks_lag_seconds", sink="hub")] < 100
+    for outcome in ("retried", "failed"):
+        with api.database.writing() as session:
+            turn = sinks.claim(session, 45, 2)
+        assert turn is not None
+        with api.database.writing() as session:
+            if outcome == "retried":
+                sinks.retry(session, turn, -50, None)
+                sinks.retry(session, turn, -50, None, charged=False)  # given back by an exporter that stops
+            else:
+                sinks.finish(session, turn, "failed", error=sinks.LOST)
+    figures = scrape(api)
+    tries = {outcome: figures[key("espalier_sink_tries_total", sink="hub", outcome=outcome)] for outcome in sinks.OUTCOMES}
+    assert tries == {"succeeded": 0, "retried": 1, "failed": 1}
+    assert figures[key("espalier_sinks_waiting", sink="hub")] == 1
+    with api.database.writing() as session:
+        session.execute(delete(SinkRun))
+        session.execute(delete(Delivery))
+
+
 def test_histograms_add_up(api: Api) -> None:
     for seconds in (0.5, 3, 3, 10**6):
         with api.database.writing() as session:
@@ -237,6 +284,7 @@ def test_many_who_ask_ask_the_database_once(tmp_path: Path, roots: Path, monkeyp
         return collect(database, settings)
 
     monkeypatch.setattr(metrics, "_collect", counting)
+    monkeypatch.setattr(metrics, "KEEP_SECONDS", 600.0)
     with TestClient(create_app(make_settings(tmp_path, url, roots, metrics_token=TOKEN))) as client:
         for _ in range(20):
             assert client.get("/metrics", headers=BEARER).status_code == 200
@@ -256,12 +304,12 @@ def test_without_the_database_the_process_still_tells(tmp_path: Path, roots: Pat
             server.stop()
             began = time.monotonic()
             down = figures()
-            assert time.monotonic() - began < metrics.WAIT_SECONDS + 3
+            assert time.monotonic() - began < metrics.WAIT_SECONDS + 30
             assert down[key("espalier_database_up")] == 0
             assert key("espalier_queue_depth", queue="default") not in down
             assert down[key("espalier_http_requests_in_flight")] >= 1
             server.start()
-            jobs.wait_until(lambda: figures()[key("espalier_database_up")] == 1, 30, "the database")
+            jobs.wait_until(lambda: figures()[key("espalier_database_up")] == 1, 60, "the database")
 
 
 # ------------------------------------------------------------------ this process
@@ -299,17 +347,46 @@ def test_processes_that_share_a_port_answer_for_all(tmp_path: Path) -> None:
     folder.mkdir()
     environment = {"ESPALIER_METRICS_TOKEN": TOKEN, "PROMETHEUS_MULTIPROC_DIR": str(folder)}
     with running(tmp_path, {}, environment, api_workers=2, worker=False) as service:
-        for _ in range(60):  # a connection each, which goes to whichever process is quicker
-            service.client.get("/v1/methods", headers={"Connection": "close"})
+        processes = api_processes(service)
+        assert len(processes) == 2
+
+        def ask(path: str) -> str:
+            """By a connection of its own, which either process may take."""
+            return httpx.get(service.client.base_url.join(path), headers=BEARER, trust_env=False, timeout=120).raise_for_status().text
+
+        both_ways = (processes, processes[::-1])
+        for asked, other in both_ways:
+            with suspended(other):  # else one process may take all connections; it may stop in a transaction, so what is asked needs no database
+                for _ in range(5):
+                    ask("/openapi.json")
+                jobs.wait_until((folder / f"histogram_{asked.pid}.db").exists, 60, "what it counts")
         (folder / "gauge_livesum_999999999.db").write_bytes((next(folder.glob("gauge_livesum_*.db"))).read_bytes())  # as one that was killed leaves it
-        pids = {path.stem.rpartition("_")[2] for path in folder.glob("histogram_*.db")}
-        assert len(pids) == 2
-        count = key("espalier_http_request_seconds_count", method="GET", route="/v1/methods", status="200")
-        for _ in range(10):
-            figures = read(service.client.get("/metrics", headers=BEARER | {"Connection": "close"}).text)
-            assert figures[count] == 60
-            assert figures[key("espalier_http_requests_in_flight")] == 1
+        count, in_flight = key("espalier_http_request_seconds_count", method="GET", route="other", status="200"), key("espalier_http_requests_in_flight")
+
+        def told() -> tuple[float, float]:
+            figures = read(ask("/metrics"))
+            return figures[count], figures[in_flight]
+
+        jobs.wait_until(lambda: told() == (10, 1), 60, "the figures")  # a request is counted after its last byte
+        for _, other in both_ways:
+            with suspended(other):
+                assert told()[0] == 10
         assert not (folder / "gauge_livesum_999999999.db").exists()
+
+
+def api_processes(service: Running) -> list[psutil.Process]:
+    """Those that answer; beside them the parent has one that only tracks resources."""
+    return [child for child in psutil.Process(service.api.pid).children() if any("spawn_main" in part for part in child.cmdline())]
+
+
+@contextmanager
+def suspended(process: psutil.Process) -> Iterator[None]:
+    process.suspend()
+    try:
+        jobs.wait_until(lambda: process.status() == psutil.STATUS_STOPPED, 60, "the stop", pause=0.01)
+        yield
+    finally:
+        process.resume()
 
 
 # ------------------------------------------------------- dashboard, alerts, scrape
@@ -329,6 +406,7 @@ def _names_told(service: Running) -> Exposed:
     with database.writing() as session:
         for name in (totals.ENGINE_BYTES, totals.DEVICE_BYTES):
             totals.observe(session, name, 10**9, totals.BYTES_BOUNDS, queue="default")
+        totals.observe(session, totals.SINK_SECONDS, 10, totals.SINK_BOUNDS, sink="hub")
     database.dispose()
     time.sleep(metrics.KEEP_SECONDS)
     figures = read(service.client.get("/metrics", headers=BEARER).text)

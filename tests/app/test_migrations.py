@@ -54,7 +54,7 @@ def test_processes_that_migrate_at_once_wait_for_each_other(empty_url: str, tmp_
     environment = {"ESPALIER_DATABASE_URL": empty_url}
     processes = [subprocess.Popen([sys.executable, "-m", "migrations"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
     for process in processes:
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error.decode()
     engine = make_engine(empty_url)
     with engine.connect() as connection:

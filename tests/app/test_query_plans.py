@@ -11,13 +11,14 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from app.audit.repository import AuditFilter, list_entries
+from app.audit.repository import AuditFilter, forget, list_entries
 from app.database import Database
 from app.jobs import lease, repository
 from app.jobs.repository import JobFilter
 from app.models import Job, Worker
 from app.recipe import Recipe
 from app.webhooks import deliveries
+from app.webhooks import repository as webhooks
 from migrations import migrate
 from tests.filling import fill
 from tests.servers import fresh_database
@@ -58,7 +59,9 @@ QUERIES: dict[str, Query] = {
     "give up": lease.give_up,
     "outbox": lambda session: lease.delete_messages(session, lease.take_outbox(session, 100)),
     "deliveries": lambda session: deliveries.take(session, [], 10, 60),
+    "news of a job": lambda session: webhooks.list_deliveries(session, TENANT, "wh_1", JOB, None, 20),
     "audit": lambda session: list_entries(session, TENANT, AuditFilter(), None, 20),
+    "old entries": lambda session: forget(session, 0, 100),
 }
 
 

@@ -44,7 +44,7 @@ def test_a_restored_service_goes_on(postgres_url: str, postgres_database: str, r
         dispatcher = Dispatcher(restored, settings)
         dispatcher.start()
         try:
-            jobs.wait_for_state(restored, running, "queued", seconds=20)
+            jobs.wait_for_state(restored, running, "queued")
             jobs.wait_until(lambda: not jobs.outbox(restored), what="the publication of both")
         finally:
             dispatcher.stop()

@@ -10,17 +10,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import text, update
+from sqlalchemy import select, text, update
 
 from app.database import Database, db_now
 from app.exceptions import UnavailableError
 from app.jobs.lease import Lease, StoredFile, claim, finish, reap, release
-from app.models import Artifact, Job, Tenant
+from app.models import Artifact, AuditEntry, Job, Tenant
 from app.retention import DAY, keep_tidy, tidy
 from app.settings import Settings
 from app.storage import CHUNK_BYTES, Store, open_store
@@ -111,6 +112,29 @@ def start(service: Service, *arguments: str, **environment: str) -> Iterator[sub
     finally:
         process.kill()
         process.wait()
+
+
+# ------------------------------------------------------------------- entries
+
+
+def test_old_entries_of_the_audit_log_are_deleted(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.retention.BATCH", 2)
+    with service.database.writing() as session:
+        for days in (400, 370, 366, 364, 30, 0):
+            who = {"tenant_id": jobs.TENANT, "key_id": "key_test", "target": "job_1", "request_id": ""}
+            session.add(AuditEntry(action=f"{days} days ago", **who, created_at=datetime.now(UTC) - timedelta(days=days)))
+            session.flush()  # in their order
+
+    def left() -> list[str]:
+        with service.database.reading() as session:
+            return list(session.scalars(select(AuditEntry.action).order_by(AuditEntry.id)))
+
+    service.tidy(audit_days=0)
+    assert len(left()) == 6
+    service.tidy()
+    assert left() == ["364 days ago", "30 days ago", "0 days ago"]
+    service.tidy(audit_days=7)
+    assert left() == ["0 days ago"]
 
 
 # ------------------------------------------------------------------- results
@@ -341,5 +365,5 @@ def test_tidying_up_stops_when_it_is_told(service: Service) -> None:
     thread.start()
     time.sleep(0.5)
     stopping.set()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,16 @@ def test_one_trace_from_the_request_to_the_end(tmp_path: Path, collector: Collec
         answer = service.client.post("/v1/jobs", json=RECIPE, headers={"traceparent": f"00-{TRACE}-{CALLER}-01"})
         assert answer.status_code == 202, answer.text
         job_id = answer.json()["id"]
-        engines: list[psutil.Process] = []
+        told: dict[str, str] = {}
 
         def engine_runs() -> bool:
-            engines[:] = [child for child in psutil.Process(service.workers[0].pid).children(recursive=True) if "tests.faults.engine" in child.cmdline()]
-            return bool(engines)
+            with suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(service.workers[0].pid).children(recursive=True):
+                    if "tests.faults.engine" in child.cmdline():
+                        told.update(child.environ())
+            return bool(told)
 
         wait_until(engine_runs, 60, "the engine")
-        told = engines[0].environ()
         assert service.wait_for_end(job_id)["state"] == "succeeded"
         assert service.client.get("/livez").is_success
     logged = service.lines("worker")
@@ -96,7 +99,7 @@ def test_one_trace_from_the_request_to_the_end(tmp_path: Path, collector: Collec
     moments = [moment for step in steps for moment in (step.start_time_unix_nano, step.end_time_unix_nano)]
     assert moments == sorted(moments)
     assert attempt.start_time_unix_nano <= moments[0] < moments[-1] <= attempt.end_time_unix_nano
-    assert 2 <= (steps[1].end_time_unix_nano - steps[1].start_time_unix_nano) / 1e9 < 30
+    assert 2 <= (steps[1].end_time_unix_nano - steps[1].start_time_unix_nano) / 1e9 < 120
     assert attributes(attempt) == {"job_id": job_id, "tenant_id": attributes(attempt)["tenant_id"], "queue": "default", "outcome": "succeeded", "error": ""} | {
         "attempt": ""  # a number
     }

@@ -14,6 +14,7 @@ import pytest
 from espalier.both import Iteration, Operation
 from espalier.client import AsyncClient, Client, Operations
 from espalier.errors import ApiError
+from espalier.transfers import Transfers
 from tests.espalier.conftest import Service
 from tests.espalier.proxy import proxy
 
@@ -21,7 +22,7 @@ FILES = {"checkpoint/config.json": b"{}", "checkpoint/model.safetensors": random
 
 
 def test_everything_public_is_of_both() -> None:
-    public = {name: member for name, member in vars(Operations).items() if not name.startswith("_")}
+    public = {name: member for kind in (Operations, Transfers) for name, member in vars(kind).items() if not name.startswith("_")}
     assert len(public) > 30
     for name, member in public.items():
         assert isinstance(member, Operation | Iteration), name

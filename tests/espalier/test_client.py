@@ -146,7 +146,7 @@ def test_wait_ends_after_its_time(service: Service) -> None:
     started = time.monotonic()
     with service.client() as client, pytest.raises(TimeoutError, match=f"{job_id} is still queued after 0.3 seconds"):
         client.wait(job_id, timeout=0.3)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 def test_wait_survives_an_outage(service: Service) -> None:

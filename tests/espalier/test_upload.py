@@ -97,7 +97,7 @@ def test_an_upload_goes_on_after_cuts(service: Service, folder: Path) -> None:
 
 def test_what_a_killed_client_has_sent_is_not_sent_again(service: Service, folder: Path, tmp_path: Path) -> None:
     large = shutil.copytree(folder, tmp_path / "large")
-    (large / "zeros.txt").write_bytes(bytes(60 * PART_BYTES))
+    (large / "zeros.txt").write_bytes(bytes(200 * PART_BYTES))
     command = [sys.executable, "-m", "espalier.cli", "upload", str(large)]
     environment = os.environ | {"ESPALIER_URL": service.url, "ESPALIER_API_KEY": service.key}
 
@@ -108,7 +108,7 @@ def test_what_a_killed_client_has_sent_is_not_sent_again(service: Service, folde
     def begun() -> bool:
         with service.client() as client:
             ids = [each["id"] for each in client.checkpoints(name="large")]
-        return bool(ids) and zeros_left(ids[0]) < 55
+        return bool(ids) and zeros_left(ids[0]) < 195
 
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=dies_with(os.getpid()))  # noqa: PLW1509
     wait_until(begun, 60, "some parts")
@@ -118,7 +118,7 @@ def test_what_a_killed_client_has_sent_is_not_sent_again(service: Service, folde
         with service.client() as client:
             (summary,) = client.checkpoints(name="large")
         left = zeros_left(summary["id"])
-        assert 0 < left < 55
+        assert 0 < left < 195
         ended = subprocess.run([*command, "--json"], env=environment | {"ESPALIER_URL": network.url}, capture_output=True, text=True, timeout=120, check=False)
         assert ended.returncode == 0, ended.stderr
         checkpoint = json.loads(ended.stdout)

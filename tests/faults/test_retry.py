@@ -19,7 +19,7 @@ from app.models import Artifact, Job
 from app.recipe import Recipe
 from app.settings import Settings
 from tests import jobs
-from tests.faults.conftest import Service
+from tests.faults.conftest import LASTING_LEASE, Service
 from tests.worker.test_durable import inputs, kill_engine_after, write_undisturbed
 from worker.announce import describe
 from worker.locks import take
@@ -81,13 +81,14 @@ def test_a_job_whose_engine_was_killed_goes_on_at_its_block(inputs: Path, tmp_pa
 
 
 @pytest.mark.parametrize("servers", ["sqlite and files"], indirect=True)
+@pytest.mark.parametrize("lease", [LASTING_LEASE], ids=["lasting lease"])
 def test_failed_and_cancelled_jobs_go_on_at_a_real_worker(service: Service) -> None:
     service.start_worker(keep_work_seconds="3600")
     lost, slow = service.model(steps=6, at=3, kill=signal.SIGKILL), service.model(steps=100, pause=0.1)
     failed = service.submit(model=lost, limits={"max_attempts": 1})
     jobs.wait_for_state(service.database, failed, "failed")
     cancelled = service.submit(model=slow)
-    jobs.wait_until((service.settings.work_dir / cancelled / "work" / "state").exists, 30, "a step")
+    jobs.wait_until((service.settings.work_dir / cancelled / "work" / "state").exists, 60, "a step")
     with service.database.writing() as session:
         cancel(session, jobs.TENANT, cancelled)
     jobs.wait_for_state(service.database, cancelled, "cancelled")
@@ -102,7 +103,7 @@ def test_failed_and_cancelled_jobs_go_on_at_a_real_worker(service: Service) -> N
         first, second = (int(message.split()[-1]) for message in jobs.messages(service.database, job_id) if message.startswith("begins at step"))
         assert first == 0
         assert second == 3 if job_id == failed else second >= 1
-    jobs.wait_until(lambda: not service.work_directories(), 10, "the clean-up")
+    jobs.wait_until(lambda: not service.work_directories(), 60, "the clean-up")
 
 
 # ------------------------------------------------------------- what is kept

@@ -8,10 +8,11 @@ from sqlalchemy import select
 from app.models import Artifact
 from app.storage import open_store
 from tests import jobs
-from tests.faults.conftest import SERVICES, Service, command, family
+from tests.faults.conftest import LASTING_LEASE, SERVICES, Service, command, family
 
 
 @pytest.mark.parametrize("servers", SERVICES[:1], indirect=True)
+@pytest.mark.parametrize("lease", [LASTING_LEASE], ids=["lasting lease"])
 def test_an_upload_that_is_killed_goes_on_in_the_same_attempt(service: Service) -> None:
     job_id = service.submit(model=service.model(stuck=True))
     worker = service.start_worker()

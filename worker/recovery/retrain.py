@@ -215,7 +215,7 @@ def require_zeros(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) ->
 
 def recounted(folder: Path, pruned: Pruned) -> Pruned:
     """What was told of a pruned checkpoint, with the zeros that the one in `folder` has."""
-    stream = BlockStream(read_source(folder))
+    stream = BlockStream(read_source(folder), "cpu")
     counted = [count_zeros(stream, index, stream.block_tensors(index)) for index in range(len(stream))]
     zeros = dict(zip((layer.index for layer in pruned.kept), counted, strict=True))
     layers = [layer if layer.dropped else layer.model_copy(update={"zeros": zeros[layer.index].all}) for layer in pruned.layers]

@@ -145,7 +145,9 @@ class Perp(Training):
         None, ge=1, le=4096, description="Rank of the adapters; null: the largest with which at most 0.35 % of all parameters are trained, and at least 1."
     )
     alpha: float | None = Field(None, gt=0, description="s is alpha / rank; null: s is 2.")
-    adapter_rate: float = Field(1.0, gt=0, le=100, description="The adapters' learning rate, in units of `learning_rate`, which biases and norms are trained at.")
+    adapter_rate: float = Field(
+        1.0, gt=0, le=100, description="The adapters' learning rate, in units of `learning_rate`, which biases and norms are trained at."
+    )
     mode: Literal["retrain", "reconstruct"] = Field(
         "retrain",
         description="`retrain`: the whole model learns to predict the text. `reconstruct`: block by block, in the memory of one, learns to give what the dense block gives for "

@@ -17,6 +17,7 @@ import torch
 HERE = Path(__file__).parent
 STORED = HERE / "engine.json"
 PHASES = ("imports", "load", "evaluate_dense", "prune", "write", "evaluate", "verify")
+SHARED_GPU = "Measured on one {}, in bfloat16 where autocast allows, which up to nine processes shared: seconds compare rows, and are no one's alone."
 FEW = 0.0035  # of a model's parameters: the most that a recovery of few may train
 ASKED_OF_FULL = 0.95  # of what full retraining closes of the log-perplexity gap, by such a recovery
 RIVALS = {"Magnitude 50%": ("Wanda 50%", "SparseGPT 50%")}  # which a recovered model is to beat as they are
@@ -229,7 +230,7 @@ def _recovery(results: dict[str, Any]) -> list[str]:
         "so every weight that is trained gets its gradient from as many tokens; rounds divide the steps among them. Share: trained, of all parameters in training. Gap closed: (ln before − ln after) /",
         "(ln before − ln dense), of perplexities over the first 24 windows of 512 tokens of WikiText-2 test; and the same as a share of what full retraining closes.",
         "Seconds and peak memory are of the phase that trains, with load and write; the memory is anonymous, and of one process for all rows.",
-        *([f"Measured on: {part['device']}."] if "device" in part else []),
+        *([f"Measured on: {part['device']}."] if part.get("device") == "CPU" else [SHARED_GPU.format(part["device"])] if "device" in part else []),
     ]
     bases, dense = {base["name"]: base["perplexity"] for base in part.get("bases", [])}, part.get("dense")
     if dense is not None:

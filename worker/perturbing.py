@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -166,7 +166,9 @@ def _goal(rounds: Rounds, left: Sequence[Tensor]) -> Goal | None:
         return Goal(counts, int(rounds.whole * fraction), fraction) if fraction and not stuck else None
     # What earlier rounds left over is made up for.
     budget = int(rounds.whole * min(rounds.target, method.prune_fraction * (number + 1))) - removed
-    removable = [0 if _is_fixed(rounds, module) else max(count - 1, 0) for module, count in zip(rounds.modules, counts, strict=True)]
+    spared = records[-1]["facts"]["spared"] if records else []
+    fixed = [_is_fixed(rounds, module) or module.name in spared for module in rounds.modules]
+    removable = [0 if stays else max(count - 1, 0) for stays, count in zip(fixed, counts, strict=True)]
     return Goal(removable, budget, budget / (rounds.whole - removed))
 
 
@@ -205,10 +207,10 @@ def _kept_alike(rounds: Rounds, number: int) -> dict[str, int]:
 # ---------------------------------------------------------------------- a round
 
 
-def _round(rounds: Rounds, number: int, left: list[Tensor], goal: Goal) -> tuple[list[Tensor], dict[str, float | int | None]]:
+def _round(rounds: Rounds, number: int, left: list[Tensor], goal: Goal) -> tuple[list[Tensor], dict[str, Any]]:
     """What is left after one round, and the round's facts."""
     method, pace = rounds.method, Pace(rounds, number)
-    nothing = {"masks": 0, "tau": None, "removed": 0, "seconds": 0.0}
+    nothing = {"masks": 0, "spared": [], "tau": None, "removed": 0, "seconds": 0.0}
     if not goal.budget:
         return left, nothing
     priors = _priors(rounds, number, left, pace)
@@ -218,15 +220,15 @@ def _round(rounds: Rounds, number: int, left: list[Tensor], goal: Goal) -> tuple
         return left, nothing
     modules = torch.arange(len(left)).repeat_interleave(torch.tensor([len(prior) for prior in priors]))
     costs = torch.tensor([module.cost for module in rounds.modules])[modules]
-    comparable = candidates if method.masks else [torch.ones_like(mask) for mask in candidates]  # without sub-models nothing tells what whole modules are worth
-    worth = torch.cat(bonsai.expected_worth(priors, comparable, [module.cost for module in rounds.modules]))
+    expected = bonsai.expected_worth(priors, [module.cost for module in rounds.modules])
+    worth, relative = torch.cat(expected), torch.cat(bonsai.relative_worth(expected, priors, candidates))
 
     def choose(weights: Tensor) -> Tensor:
         return _chosen(rounds, goal, weights, candidates, modules, costs)
 
     def weigh(perplexities: list[float]) -> Fit:
-        values = torch.tensor(perplexities, dtype=torch.float64)
-        return _fit(rounds, number, masks[: len(values), candidate], values, worth[candidate], torch.cat(priors)[candidate], modules[candidate])
+        own = Candidates(modules[candidate], torch.cat(priors)[candidate], worth[candidate], relative[candidate])
+        return _fit(rounds, number, masks[: len(perplexities), candidate], bonsai.utility(torch.tensor(perplexities), rounds.released), own)
 
     def is_settled(perplexities: list[float]) -> bool:
         half, whole = (choose(weigh(some).weights) for some in (perplexities[: len(perplexities) // 2], perplexities))
@@ -247,11 +249,21 @@ def _round(rounds: Rounds, number: int, left: list[Tensor], goal: Goal) -> tuple
     after = _narrowed(left, ~gone)
     facts = {
         "masks": len(perplexities),
+        "spared": _spared(rounds, number, masks[: len(perplexities), candidate], perplexities, modules[candidate]) if method.masks else [],
         "tau": fitted.tau if fitted else None,
         "removed": rounds.removed(after) - rounds.removed(left),
         "seconds": pace.seconds,
     }
     return after, facts
+
+
+def _spared(rounds: Rounds, number: int, masks: Tensor, perplexities: Sequence[float], modules: Tensor) -> list[str]:
+    """The modules that lose nothing in later rounds, as every broken sub-model, and no other, lacks all of their candidates: (M, C) bool, (C,)."""
+    before: list[str] = rounds.run.state.blocks(WALK)[number - 1]["facts"]["spared"] if number else []
+    if rounds.released:
+        return before
+    essential = bonsai.suspects(masks, bonsai.broken(bonsai.utility(torch.tensor(perplexities))))[1]
+    return before + [rounds.modules[place].name for place in modules.unique().tolist() if essential[modules == place].all()]
 
 
 def _chosen(rounds: Rounds, goal: Goal, weights: Tensor, candidates: Sequence[Tensor], modules: Tensor, costs: Tensor) -> Tensor:
@@ -342,20 +354,41 @@ def _is_checked(count: int) -> bool:
     return count >= FIRST_CHECK and math.log2(count / FIRST_CHECK).is_integer()
 
 
-def _fit(rounds: Rounds, number: int, masks: Tensor, perplexities: Tensor, worth: Tensor, prior: Tensor, modules: Tensor) -> Fit:
-    """What each candidate is worth, (M, C) bool, (M,), (C,), (C,), (C,) -> (C,): one model for all modules or one for each, as the recipe says."""
-    utility, generator = bonsai.utility(perplexities, rounds.released), _generator(rounds, number, 2)
+@dataclass(frozen=True)
+class Candidates:
+    """What is known of a round's candidates before its sub-models, (C,) each."""
+
+    modules: Tensor
+    prior: Tensor
+    worth: Tensor  # expected, see bonsai.expected_worth
+    relative: Tensor  # see bonsai.relative_worth
+
+
+def _fit(rounds: Rounds, number: int, masks: Tensor, utility: Tensor, own: Candidates) -> Fit:
+    """What each candidate is worth, (M, C) bool, (M,) -> (C,): one model for all modules or one for each, as the recipe says."""
+    if rounds.released:
+        return _fit_released(rounds, masks, utility, own, _generator(rounds, number, 2))
+    broken = bonsai.broken(utility)
+    sound = ~broken.view(-1, 2).any(dim=1).repeat_interleave(2)
+    if sound.sum() < 2 * bonsai.LEAST_PAIRS:
+        fitted = Fit(own.worth, 0.0)
+    elif rounds.method.scope == "global":
+        fitted = bonsai.fit(masks[sound], utility[sound], own.relative, own.modules, _kinds(rounds)[own.modules])
+    else:
+        one = torch.zeros_like(own.modules)
+        fitted = _by_module(own, lambda which: bonsai.fit(masks[sound][:, which], utility[sound], own.relative[which], one[which], one[which]))
+    return Fit(torch.where(bonsai.suspects(masks, broken)[0], torch.inf, fitted.weights), fitted.tau)
+
+
+def _fit_released(rounds: Rounds, masks: Tensor, utility: Tensor, own: Candidates, generator: torch.Generator) -> Fit:
     if rounds.method.scope == "global":
-        return bonsai.fit_released(masks, utility, generator) if rounds.released else bonsai.fit(masks, utility, worth, modules, _kinds(rounds)[modules])
-    fits = []
-    for module in modules.unique():
-        own = modules == module
-        if rounds.released:
-            fits.append(bonsai.fit_released(masks[:, own], utility, generator, prior[own]))
-        else:
-            alone = torch.zeros_like(modules[own])
-            fits.append(bonsai.fit(masks[:, own], utility, worth[own], alone, alone))
-    return Fit(torch.cat([fit.weights for fit in fits]), sum(fit.tau for fit in fits) / len(fits))
+        return bonsai.fit_released(masks, utility, generator)
+    return _by_module(own, lambda which: bonsai.fit_released(masks[:, which], utility, generator, own.prior[which]))
+
+
+def _by_module(own: Candidates, fit: Callable[[Tensor], Fit]) -> Fit:
+    fits = [fit(own.modules == module) for module in own.modules.unique()]
+    return Fit(torch.cat([fitted.weights for fitted in fits]), sum(fitted.tau for fitted in fits) / len(fits))
 
 
 def _kinds(rounds: Rounds) -> Tensor:

@@ -463,7 +463,7 @@ def _pass_on(session: Session, lease: Lease) -> None:
 
 @lru_cache  # as of `_next_for`
 def _passing_on() -> Insert:
-    """Of the classes that have workers, the one that has just lost a job among them, it reads one job each, along the index ix_jobs_claim."""
+    """Reads one job of each class that has workers, and of the `own` in any case, along the index ix_jobs_claim."""
     classes = union(select(WORKERS.c.queue), select(bindparam("own", type_=String()).label("queue"))).subquery()
     head, candidate = JOBS.alias(), JOBS.alias()
     waits = select(head.c.id).where(head.c.tenant_id == bindparam("of_tenant"), head.c.queue == classes.c.queue, head.c.state == WAITS)

@@ -362,6 +362,24 @@ def test_simultaneous_claims_keep_the_cap_and_leave_nothing_behind(database: Dat
     assert len({lease.job_id for lease in claimed}) == 8
 
 
+@pytest.mark.parametrize("served", [True, False])
+def test_the_next_job_may_be_of_another_class_that_has_workers(database: Database, served: bool) -> None:
+    capped = jobs.add_tenant(database, "capped", 1)
+    first, own, other = (
+        jobs.submit(database, tenant=capped, queue=queue, priority=priority) for queue, priority in (("default", 2), ("default", 0), ("large", 1))
+    )
+    with database.writing() as session:
+        leases.delete_messages(session, leases.take_outbox(session, 10))
+        if served:
+            session.add(Worker(id="other", queue="large", devices=[], host_bytes=10**9, device_bytes=0, disk_bytes=0, version="0"))
+    lease = claim_next(database, worker())
+    assert lease is not None
+    assert lease.job_id == first
+    end(database, lease)
+    with database.reading() as session:
+        assert session.scalars(select(OutboxMessage.job_id)).all() == [other if served else own]
+
+
 def test_the_end_of_a_capped_tenant_s_job_publishes_its_next(database: Database) -> None:
     capped = jobs.add_tenant(database, "capped", 1)
     first, second, third = (jobs.submit(database, tenant=capped, priority=priority) for priority in (2, 0, 1))

@@ -54,6 +54,7 @@ QUERIES: dict[str, Query] = {
     "news": lambda session: (repository.find_standings(session, [JOB]), repository.find_events(session, [(JOB, 1), (JOB, 2)])),
     "artifacts": lambda session: repository.list_artifacts(session, TENANT, JOB),
     "claim": lambda session: lease.claim_next(session, WORKER, 45),
+    "pass on": lambda session: lease._pass_on(session, of_lease()),
     "work waits": lambda session: lease.work_waits(session, WORKER),
     "reap": lease.reap,
     "give up": lease.give_up,

@@ -49,12 +49,19 @@ def test_priors_of_a_linears_inputs(kind: str, expected: list[float]) -> None:
     assert score(weight, inputs, kind).tolist() == (pytest.approx(expected) if kind == "activation" else [0, 0, 0])
 
 
-def test_expected_worth_is_parameters_times_the_prior_by_the_mean_of_its_module_s_candidates() -> None:
-    priors = [torch.tensor([1.0, 3.0, 90.0]), torch.tensor([200.0, 400.0]), torch.zeros(2), torch.zeros(0), torch.tensor([5.0, 0.0]), torch.ones(1)]
-    chosen = [torch.tensor(which, dtype=torch.bool) for which in ([1, 1, 0], [1, 0], [1, 1], [], [0, 1], [0])]
-    found = bonsai.expected_worth(priors, chosen, [3, 100, 100, 100, 3, 7])
-    expected = [[1.5, 4.5, 135.0], [100.0, 200.0], [100.0, 100.0], [], [3.0, 3.0], [7.0]]
+def test_expected_worth_is_parameters_times_the_share_of_the_module_s_units_with_a_smaller_prior() -> None:
+    priors = [torch.tensor([1.0, 3.0, 90.0]), torch.tensor([400.0, 200.0]), torch.zeros(2), torch.zeros(0), torch.tensor([5.0, 0.0, 5.0, 7.0])]
+    found = bonsai.expected_worth(priors, [6, 100, 100, 100, 8])
+    expected = [[1.0, 3.0, 5.0], [75.0, 25.0], [50.0, 50.0], [], [4.0, 1.0, 4.0, 7.0]]
     assert [worth.tolist() for worth in found] == [pytest.approx(values) for values in expected]
+
+
+def test_relative_worth_is_that_on_average_in_the_proportions_of_the_prior() -> None:
+    expected = [torch.tensor([1.0, 3.0, 5.0]).double(), torch.tensor([2.0, 2.0]).double(), torch.tensor([3.0, 4.0]).double(), torch.zeros(0).double()]
+    priors = [torch.tensor([1.0, 3.0, 90.0]), torch.zeros(2), torch.tensor([1.0, 2.0]), torch.zeros(0)]
+    chosen = [torch.tensor(which, dtype=torch.bool) for which in ([1, 1, 0], [1, 1], [0, 0], [])]
+    found = bonsai.relative_worth(expected, priors, chosen)
+    assert [worth.tolist() for worth in found] == [[1.0, 3.0, 90.0], [2.0, 2.0], [3.0, 4.0], []]
 
 
 # ------------------------------------------------------------- drawing masks
@@ -231,27 +238,46 @@ def test_a_module_that_breaks_the_model_does_not_unsettle_the_others() -> None:
 
 
 def test_weights_are_the_posterior_s_mean_and_what_is_doubted_of_the_module() -> None:
-    """Against the same normal prior written out with one coefficient a kind, a module and a unit."""
+    """Against the same normal prior written out with one coefficient for the slope, a kind, a module and a unit."""
     masks, y, prior, modules, _ = problem(6)
     kinds, kind_of = (modules > 1).long(), torch.tensor([0, 0, 1, 1])
     x = (masks[::2].double() - masks[1::2].double()) / 2 * prior
     differences = (y[::2] - y[1::2]) / 2
     spread = differences.square().mean().sqrt()
+    total = x.sum(dim=1, keepdim=True)
     by_kind, by_module = (x @ torch.nn.functional.one_hot(groups).double() for groups in (kinds, modules))
-    of_kind, of_module = by_kind.square().mean(dim=0), by_module.square().mean(dim=0)
+    of_total, of_module = total.square().mean(), by_module.square().mean(dim=0)
     together = torch.stack((of_module[:2].sum(), of_module[2:].sum()))
-    own = (x @ x.T).diagonal().mean()
-    parts = [by_module[:, :2] @ by_module[:, :2].T / together[0], by_module[:, 2:] @ by_module[:, 2:].T / together[1], x @ x.T / own]
-    wide = 100 * by_kind / of_kind @ by_kind.T
-    found, alone, noise = likeliest_variances(differences / spread, wide, torch.stack(parts), by_module / of_module.sqrt())
-    variances = torch.cat((100 / of_kind, found[kind_of] / together[kind_of] + alone / of_module, (found[2] / own).expand(len(prior))))
-    features = torch.cat((by_kind, by_module, x), dim=1)
+    of_kinds, own = (by_kind @ by_kind.T).diagonal().mean(), (x @ x.T).diagonal().mean()
+    parts = [by_module[:, :2] @ by_module[:, :2].T / together[0], by_module[:, 2:] @ by_module[:, 2:].T / together[1]]
+    parts += [by_kind @ by_kind.T / of_kinds, x @ x.T / own]
+    found, alone, noise = likeliest_variances(differences / spread, 100 * total @ total.T / of_total, torch.stack(parts), by_module / of_module.sqrt())
+    of_modules = found[kind_of] / together[kind_of] + alone / of_module
+    variances = torch.cat(((100 / of_total).expand(1), (found[2] / of_kinds).expand(2), of_modules, (found[3] / own).expand(len(prior))))
+    features = torch.cat((total, by_kind, by_module, x), dim=1)
     covariance = torch.linalg.inv(features.T @ features / noise + torch.diag(1 / variances.clamp_min(1e-30)))
-    means = (covariance @ features.T @ differences / spread / noise).split((2, 4, len(prior)))
-    both = [torch.nn.functional.one_hot(torch.tensor([kind, 2 + module]), len(variances)).sum(dim=0).double() for module, kind in enumerate(kind_of.tolist())]
-    doubt = torch.stack([(which @ covariance @ which).sqrt() for which in both])
-    expected = spread * prior * ((means[0].clamp_min(0)[kinds] + means[1][modules] + means[2]).clamp_min(0) + doubt[modules])
+    slope, of_kind, of_module, of_unit = (covariance @ features.T @ differences / spread / noise).split((1, 2, 4, len(prior)))
+    of_slopes = [[0, 1 + kind, 3 + module] for module, kind in enumerate(kind_of.tolist())]
+    doubt = torch.stack([covariance[which][:, which].sum().sqrt() for which in of_slopes])
+    relative = (slope + of_kind).clamp_min(0)[kinds] + of_module[modules] + of_unit
+    expected = spread * prior * (relative.clamp_min(0) + doubt[modules])
     torch.testing.assert_close(fit(masks, y, prior, modules, kinds).weights, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_sub_models_below_a_gap_are_broken() -> None:
+    sound = [-4.2, -4.3, -4.25, -4.4, -4.5, -4.35]
+    assert bonsai.broken(torch.tensor([*sound, -6.9, -4.28, -7.1, -4.31])).nonzero().flatten().tolist() == [6, 8]
+    assert not bonsai.broken(torch.tensor([*sound, -4.55])).any()
+    assert not bonsai.broken(torch.tensor([-4.2, -4.3, -7.0, -7.1, -7.2])).any()  # more than half: nothing tells which are sound
+    assert bonsai.broken(torch.tensor([-4.2, -4.2, -4.2, -4.3])).tolist() == [False] * 3 + [True]
+
+
+def test_suspects_are_lacking_in_broken_sub_models_alone() -> None:
+    masks = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    only, each = bonsai.suspects(masks, torch.tensor([True, True, False, False]))
+    assert only.tolist() == [True, True, False, False]
+    assert each.tolist() == [True, False, False, False]
+    assert not torch.stack(bonsai.suspects(masks, torch.zeros(4, dtype=torch.bool))).any()
 
 
 def test_what_removals_do_only_together_cancels() -> None:

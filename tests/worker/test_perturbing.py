@@ -133,7 +133,7 @@ def priors_with(model: Any, tokens: Tensor, left: list[Tensor]) -> list[Tensor]:
 
 def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder: Path, text: Path, tmp_path: Path) -> None:
     """Three rounds: priors, perplexities of all sub-models, and what goes, with the budget of each round counted in parameters of the model's own."""
-    recipe = recipe_of(text)
+    recipe = recipe_of(text, masks=16)
     keeps, _, run = choose(folder, recipe, tmp_path)
     model, tokens = load_model(folder).float(), run.tokens
     assert tokens is not None
@@ -156,7 +156,7 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
             [bonsai.sampling(*each) for each in zip(priors, candidates, strict=True)],
             candidates,
             budget / (whole - removed),
-            6,
+            8,
             generator,
             False,
             [0, 1] * LAYERS,
@@ -168,9 +168,15 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
             assert perplexities[-1] == pytest.approx(perplexity_with(model, tokens, sub_model), rel=1e-4)
         chosen = torch.cat(candidates)
         modules = torch.cat([torch.full((len(prior),), place) for place, prior in enumerate(priors)])[chosen]
-        relative = [prior / prior[which].mean() if which.any() else prior / prior for prior, which in zip(priors, candidates, strict=True)]
-        worth = torch.cat([cost * each for each, cost in zip(relative, costs, strict=True)])[chosen]
-        weights = bonsai.fit(masks[:, chosen], -torch.tensor(perplexities, dtype=torch.float64).log(), worth, modules, modules % 2).weights
+        shares = [torch.tensor([float((prior < unit).sum()) + float((prior == unit).sum()) / 2 for unit in prior]) / len(prior) for prior in priors]
+        relative = [
+            prior * (share[which].mean() / prior[which].mean()) if which.any() else share
+            for prior, share, which in zip(priors, shares, candidates, strict=True)
+        ]
+        worth = torch.cat([cost * each for each, cost in zip(relative, costs, strict=True)]).double()[chosen]
+        logs = -torch.tensor(perplexities, dtype=torch.float64).log()
+        assert not bonsai.broken(logs).any()
+        weights = bonsai.fit(masks[:, chosen], logs, worth, modules, modules % 2).weights
         kept = torch.ones_like(chosen)
         kept[chosen] = ~bonsai.select(weights, torch.tensor(costs)[modules], modules, [len(prior) - 1 for prior in priors], budget)
         before, left = left, narrowed(left, kept)
@@ -180,7 +186,7 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
             assert rest < costs[1]
             places = [
                 (float(each[unit]), module, unit)
-                for module, each in enumerate(relative)
+                for module, each in enumerate(shares)
                 for unit in range(len(each))
                 if not module % 2 and not candidates[module][unit]
             ]
@@ -190,7 +196,7 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
     assert [mask.tolist() for mask in left] == [mask.tolist() for mask in left_of(keeps)]
     removed = sum(cost * int((~mask).sum()) for cost, mask in zip(costs, left, strict=True))
     assert removed / whole == pytest.approx(0.3, abs=3 * HIDDEN / whole)
-    assert [facts["masks"] for facts in facts_of(run)] == [12, 12, 12]
+    assert [facts["masks"] for facts in facts_of(run)] == [16, 16, 16]
 
 
 def narrowed(left: list[Tensor], mask: Tensor) -> list[Tensor]:

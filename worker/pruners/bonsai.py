@@ -11,6 +11,7 @@ candidates; masks remove some of them; a linear model from masks to utilities gi
 - The utility is -log perplexity; -perplexity is a regression on its outliers.
 - Where a module's candidates are more than 2p of it, as one of three KV groups is, most masks spare it: a sub-model without half of all those is too far from
   what a round may leave for its utility to tell of anything else.
+- Sub-models that are broken, as they lack what the model can't do without, tell of nothing else: the linear model leaves them out, and what only they lack goes last.
 - The linear model shrinks towards the prior as far as the masks are silent, and doubts what they hardly say: masks are far fewer than candidates.
 - Candidates are ranked by weight per parameter: a KV group holds a hundred times what a channel does.
 - A module keeps its last unit: one has to be stored for the model to load, so nothing would be saved.
@@ -39,7 +40,9 @@ from worker.pruners.base import DenseBlock, StructuredPruner, Unit, units_of
 
 FOLDS = 5
 MOST_PERPLEXITY = 1e8  # a broken sub-model's
-KIND_SPREAD = 100.0  # variance of a kind's slope before anything is known, in variances of the utilities: any slope is possible
+LEAST_PAIRS = 8  # tell something of kinds and modules; with fewer, the prior ranks
+BROKEN = 4.0  # standard deviations, see `broken`
+SLOPE_SPREAD = 100.0  # variance of the common slope before anything is known, in variances of the utilities: any slope is possible
 EVIDENCE_STEPS = 400
 SETTLING = 20  # steps after which a module may get a variance of its own …
 OUTLIER = 9.0  # … if so many times what its kind's explains is in the utilities
@@ -74,17 +77,32 @@ def score(weight: Tensor, inputs: InputStatistics, kind: str) -> Tensor:
     return values if values.isfinite().all() else torch.zeros_like(values)
 
 
-def expected_worth(priors: Sequence[Tensor], among: Sequence[Tensor], costs: Sequence[int]) -> list[Tensor]:
-    """Priors (n,) of modules, made comparable: parameters times the prior by its mean over some of the module's units, (n,) bool. All float64.
+def expected_worth(priors: Sequence[Tensor], costs: Sequence[int]) -> list[Tensor]:
+    """What units are worth before any sub-model tells: their parameters times the share of their module's units that have a smaller prior. (n,) -> (n,) float64 each.
 
-    Priors as they are would say that the first blocks are worthless, where hidden states are small. By the mean of all units the last ones are, where a few large
-    units make that mean; by the mean of the candidates all modules are worth the same, for sub-models to tell. Units without any prior are of equal worth.
+    So every module loses the same share of its units. Priors as they are would say that the first blocks are worthless, where hidden states are small, and by a
+    module's mean the last ones are, where a few large units make it: by the prior alone, SmolLM2-135M without 20 % has a perplexity of 73.5 by means and of 64.1
+    by shares. Units of equal priors count half of each other.
     """
-    means = [own[which].double().mean() if own[which].any() else None for own, which in zip(priors, among, strict=True)]
-    return [
-        cost * (torch.ones_like(own, dtype=torch.float64) if mean is None else own.double() / mean)
-        for own, mean, cost in zip(priors, means, costs, strict=True)
-    ]
+    found = []
+    for own, cost in zip(priors, costs, strict=True):
+        ordered = own.sort().values
+        below = torch.searchsorted(ordered, own) + torch.searchsorted(ordered, own, right=True)
+        found.append(cost * below.double() / (2 * max(len(own), 1)))
+    return found
+
+
+def relative_worth(expected: Sequence[Tensor], priors: Sequence[Tensor], candidates: Sequence[Tensor]) -> list[Tensor]:
+    """The same for the linear model to correct: as much on average of a module's candidates, but within the module in the proportions of the prior. (n,) each.
+
+    Shares rise from 0 whatever the priors are, so that evidence about a whole module would move few of its units over the line between those that go and those
+    that stay.
+    """
+    found = []
+    for own, prior, which in zip(expected, priors, candidates, strict=True):
+        mean = float(prior[which].double().mean()) if which.any() else 0.0
+        found.append(prior.double() * (own[which].mean() / mean) if mean else own)
+    return found
 
 
 def _score(block: DenseBlock, config: Bonsai) -> dict[Unit, Tensor]:
@@ -183,14 +201,30 @@ def kendall_tau(one: Tensor, other: Tensor) -> Tensor:
     return (signs * reference).sum(dim=(-2, -1)) / norms
 
 
+def broken(utility: Tensor) -> Tensor:
+    """Which sub-models lack what the model can't do without: those below a gap of BROKEN deviations of the better ones, at most half. (M,) -> (M,) bool."""
+    ordered = utility.sort(descending=True).values
+    for better in range((len(ordered) + 1) // 2, len(ordered)):
+        if ordered[better - 1] - ordered[better] > BROKEN * ordered[:better].std():
+            return utility < ordered[better - 1]
+    return torch.zeros_like(utility, dtype=torch.bool)
+
+
+def suspects(masks: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates that only broken sub-models lack, and those of them that each broken one lacks: (M, C) bool, (M,) bool -> twice (C,) bool."""
+    lacking = ~masks
+    only = lacking[broken].any(dim=0) & ~lacking[~broken].any(dim=0)
+    return only, only & lacking[broken].all(dim=0)
+
+
 def fit(masks: Tensor, utility: Tensor, prior: Tensor, modules: Tensor, kinds: Tensor) -> Fit:
     """Linear regression of utilities on masks that shrinks towards the prior: (M, C) bool, (M,), (C,), (C,) long, (C,) long -> what each candidate is worth.
 
-    weight = prior · (a_kind + d_module + d_own + s_module): a slope of each kind, not penalised but never negative; then deviations of whole modules and of single
-    units from it, normal with mean 0; last, one standard deviation of a + d_module, so that no module goes because noise makes it look worthless: the least of
-    many uncertain estimates is mostly the luckiest. Deviations have one variance for the modules of each kind and one for all units, those that make the
-    utilities likeliest (sparse Bayesian learning; Tipping 2001). A module that breaks the model has a variance of its own besides: among SmolLM2-135M's 60
-    one makes 98 % of the utilities' variance. No weight is negative: to lose a unit hardly ever helps, and where it seems to, that is mostly noise.
+    weight = prior · (a + d_kind + d_module + d_own + s_module): a slope, not penalised but, with that of its kind, never negative; then deviations of kinds, of whole
+    modules and of single units from it, normal with mean 0; last, one standard deviation of a + d_kind + d_module, so that no module goes because noise makes it
+    look worthless: the least of many uncertain estimates is mostly the luckiest. Deviations have one variance for the kinds, one for the modules of each kind and
+    one for all units, those that make the utilities likeliest (sparse Bayesian learning; Tipping 2001). A module that the model can hardly do without has a
+    variance of its own besides. No weight is negative: to lose a unit hardly ever helps, and where it seems to, that is mostly noise.
 
     Only differences within pairs count: as one mask is the other's complement, all that is linear in the masks is in them, and what two removals do only
     together, which is no candidate's own worth, cancels.
@@ -234,22 +268,27 @@ def _likeliest(x: Tensor, y: Tensor, prior: Tensor, modules: Tensor, kinds: Tens
     by_kind, by_module = sums(kinds), sums(modules)
     kind_of = torch.zeros(by_module.shape[1], dtype=torch.long, device=x.device).index_copy_(0, modules, kinds)
     # What each component is divided by gives it a mean square of 1, so that its variance is its share in that of y.
-    of_kind = by_kind.square().mean(dim=0)
-    wide = torch.where(of_kind > 0, KIND_SPREAD / of_kind, 0)  # (kinds,)
+    total = x.sum(dim=1)  # (P,)
+    wide = SLOPE_SPREAD / total.square().mean().clamp_min(tiny)
+    of_kinds = by_kind.square().sum(dim=1).mean().clamp_min(tiny)
     alone = by_module.square().mean(dim=0).clamp_min(tiny)  # (modules,)
-    together = alone.new_zeros(len(wide)).index_add_(0, kind_of, alone)[kind_of]  # (modules,), of all of the module's kind
+    together = alone.new_zeros(by_kind.shape[1]).index_add_(0, kind_of, alone)[kind_of]  # (modules,), of all of the module's kind
     of_own = x.square().sum(dim=1).mean().clamp_min(tiny)
-    parts = [(by_module * (kind_of == kind) / together) @ by_module.T for kind in range(len(wide))] + [x @ x.T / of_own]
-    of_parts, of_modules, noise = likeliest_variances(y, (by_kind * wide) @ by_kind.T, torch.stack(parts), by_module / alone.sqrt())
+    parts = [(by_module * (kind_of == kind) / together) @ by_module.T for kind in range(by_kind.shape[1])]
+    parts += [by_kind @ by_kind.T / of_kinds, x @ x.T / of_own]
+    common = wide * total.outer(total)
+    of_parts, of_modules, noise = likeliest_variances(y, common, torch.stack(parts), by_module / alone.sqrt())
 
-    deviation = of_parts[:-1][kind_of] / together + of_modules / alone  # (modules,), variances from here on
-    covariance = (by_kind * wide) @ by_kind.T + (by_module * deviation) @ by_module.T + of_parts[-1] * parts[-1] + noise * torch.eye(len(y)).to(y)
-    inverse = torch.linalg.inv(covariance)
+    deviation = of_parts[:-2][kind_of] / together + of_modules / alone  # (modules,), variances from here on
+    of_kind = of_parts[-2] / of_kinds
+    covariance = common + torch.einsum("s,spq->pq", of_parts, torch.stack(parts)) + (by_module * (of_modules / alone)) @ by_module.T
+    inverse = torch.linalg.inv(covariance + noise * torch.eye(len(y)).to(y))
     dual = inverse @ y  # (P,)
-    slope = (wide * (by_kind.T @ dual)).clamp_min(0)
+    slope = (wide * (total @ dual) + of_kind * (by_kind.T @ dual)).clamp_min(0)  # (kinds,)
     relative = slope[kinds] + (deviation * (by_module.T @ dual))[modules] + of_parts[-1] / of_own * (dual @ x)
-    with_module = (by_kind * wide)[:, kind_of] + by_module * deviation  # (P, modules), covariances of the differences with a module's slope
-    unsure = (wide[kind_of] + deviation - (with_module * (inverse @ with_module)).sum(dim=0)).clamp_min(0).sqrt()  # (modules,)
+    # Covariances of the differences with a module's slope, (P, modules).
+    with_module = wide * total.unsqueeze(1) + of_kind * by_kind[:, kind_of] + by_module * deviation
+    unsure = (wide + of_kind + deviation - (with_module * (inverse @ with_module)).sum(dim=0)).clamp_min(0).sqrt()  # (modules,)
     weights: Tensor = spread * prior * (relative.clamp_min(0) + unsure[modules] + 1e-12)  # where nothing is learned, the prior ranks
     return weights
 

@@ -131,10 +131,11 @@ def require_room(recipe: Recipe, source: Source, allowed: int | None) -> None:
 
 
 def _require_memory(needed: int, allowed: int | None) -> None:
-    """Refuse a training whose tensors won't fit; activations come on top of them."""
-    rooms = [torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_bytes()]
-    if allowed is not None:
-        rooms.append(allowed - anonymous_bytes())
+    """Refuse a training whose tensors won't fit; activations come on top of them. `allowed` bounds the host's memory, which a GPU spares."""
+    if torch.cuda.is_available():
+        rooms = [torch.cuda.mem_get_info()[0]]
+    else:
+        rooms = [available_bytes(), *([allowed - anonymous_bytes()] if allowed is not None else [])]
     if needed > min(rooms):
         raise RecipeError(
             f"Training needs {needed / 2**30:.1f} GiB more, and {max(0, min(rooms)) / 2**30:.1f} GiB are free.",

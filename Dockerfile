@@ -37,4 +37,4 @@ RUN --mount=type=cache,target=/root/.cache/pip python -m pip install --constrain
 USER 10001:10001
 # The first beat comes when the GPUs were looked at.
 HEALTHCHECK --interval=60s --timeout=20s --start-period=180s --retries=3 CMD ["python", "-m", "worker.health"]
-CMD ["python", "-m", "celery", "--quiet", "-A", "worker.celery", "worker", "-c", "1", "--loglevel", "warning"]
+CMD ["python", "-m", "celery", "--quiet", "-A", "worker.celery", "worker", "-c", "1", "--loglevel", "warning", "--without-mingle", "--without-gossip", "--without-heartbeat"]

@@ -26,7 +26,9 @@ from migrations import migrate
 TENANT = "default"
 API = ("uvicorn", "app.main:create_app", "--factory", "--http", "app.protocol:BoundedProtocol", "--no-access-log", "--timeout-graceful-shutdown", "5", "--fd")
 EXPORTER = ("app.exporter",)
-WORKER = ("celery", "--quiet", "-A", "worker.celery", "worker", "-c", "1", "--loglevel", "warning")
+# What workers tell each other is read by no one here; the heartbeat would block a worker while its broker is away.
+QUIET = ("--without-mingle", "--without-gossip", "--without-heartbeat")
+WORKER = ("celery", "--quiet", "-A", "worker.celery", "worker", "-c", "1", "--loglevel", "warning", *QUIET)
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0
 MAX_PAUSE_SECONDS = 30.0

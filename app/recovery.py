@@ -60,11 +60,6 @@ class Training(Strict):
         return self
 
     @property
-    def matrix_rate(self) -> float:
-        """The learning rate of matrices, in units of that of biases and norms."""
-        return 1.0
-
-    @property
     def total_steps(self) -> int:
         """Steps of the optimizer, where it does not end early."""
         if self.tokens is not None:
@@ -145,9 +140,6 @@ class Perp(Training):
         None, ge=1, le=4096, description="Rank of the adapters; null: the largest with which at most 0.35 % of all parameters are trained, and at least 1."
     )
     alpha: float | None = Field(None, gt=0, description="s is alpha / rank; null: s is 2.")
-    adapter_rate: float = Field(
-        1.0, gt=0, le=100, description="The adapters' learning rate, in units of `learning_rate`, which biases and norms are trained at."
-    )
     mode: Literal["retrain", "reconstruct"] = Field(
         "retrain",
         description="`retrain`: the whole model learns to predict the text. `reconstruct`: block by block, in the memory of one, learns to give what the dense block gives for "
@@ -158,10 +150,6 @@ class Perp(Training):
     )
     samples: int = Field(128, ge=1, le=65536, description="With `reconstruct`: sequences of the text, which the steps go through again and again.")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="The highest, reached after the warm-up; few parameters bear a higher one than whole models.")
-
-    @property
-    def matrix_rate(self) -> float:
-        return self.adapter_rate
 
     @property
     def reconstructs(self) -> bool:

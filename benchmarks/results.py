@@ -239,7 +239,7 @@ def _recovery(results: dict[str, Any]) -> list[str]:
     for (base, steps), group in groupby(part.get("quality", []), lambda row: (row["base"], row["steps"])):
         own = list(group)
         missing = [name for name in part["contenders"] if name not in {row["name"] for row in own}]
-        lines += ["", f"### {base}, recovered in {steps} steps", "", *_recoveries(own, bases[base], dense)]
+        lines += ["", f"### {base}, recovered in {steps} steps", "", *_recoveries(own, bases[base], dense, part.get("device"))]
         lines += ["", *_verdict(own, bases, dense), *([f"Not measured: {'; '.join(missing)}."] if missing else [])]
     for (base, steps), group in groupby(part.get("tuning", []), lambda row: (row["base"], row["steps"])):
         tried = [(name, ", ".join(map(_tried, rows))) for name, rows in groupby(group, lambda row: row["name"])]
@@ -249,7 +249,12 @@ def _recovery(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _recoveries(rows: list[dict[str, Any]], before: float, dense: float) -> list[str]:
+def _named(row: dict[str, Any], device: str | None) -> str:
+    """The row's name, with where it was measured if that isn't where most were."""
+    return str(row["name"]) if row.get("device", device) == device else f"{row['name']} ({row['device']})"
+
+
+def _recoveries(rows: list[dict[str, Any]], before: float, dense: float, device: str | None) -> list[str]:
     head = (
         *("", "learning rate", "trained parameters", "share", "stored more", "seconds", "peak, MB", "peak of the GPU, MB"),
         *("held-out loss", "perplexity", "gap closed", "of full's"),
@@ -258,12 +263,12 @@ def _recoveries(rows: list[dict[str, Any]], before: float, dense: float) -> list
     cells = []
     for row in rows:
         if "refused" in row:
-            cells.append((row["name"], row["refused"], *[""] * (len(head) - 2)))
+            cells.append((_named(row, device), row["refused"], *[""] * (len(head) - 2)))
             continue
         after = row["perplexity"]
         cells.append(
             (
-                row["name"],
+                _named(row, device),
                 _number(row["rate"]),
                 f"{row['parameters']:,}",
                 f"{row['share']:.3%}",

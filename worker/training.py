@@ -75,7 +75,7 @@ def train(
     """
     work.mkdir(parents=True, exist_ok=True)
     device = next(iter(parameters.values())).device
-    optimizer = torch.optim.AdamW(_groups(parameters, config), lr=config.learning_rate)
+    optimizer = torch.optim.AdamW(_groups(parameters, config.weight_decay), lr=config.learning_rate)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     def measure(run: Trained) -> float | None:
@@ -94,7 +94,7 @@ def train(
     first, began, spent = run.steps, time.monotonic(), run.seconds
     while run.steps < config.total_steps and run.worse < config.patience:
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * config.learning_rate * rate(run.steps, config.total_steps, config.warmup)
+            group["lr"] = config.learning_rate * rate(run.steps, config.total_steps, config.warmup)
         start = run.steps * config.batch
         model.train()
         value = _accumulate(windows[start : start + config.batch], start, config.micro_batch, loss, autocast, device)
@@ -124,12 +124,11 @@ def rate(step: int, steps: int, warmup: float) -> float:
     return (step + 1) / rising if step < rising else (steps - step) / (steps - rising)
 
 
-def _groups(parameters: Mapping[str, nn.Parameter], config: Training) -> list[dict[str, object]]:
-    """Matrices decay, and have a learning rate of their own; biases and norms don't decay."""
+def _groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
+    """Matrices decay; biases and norms don't."""
     matrices = [parameter for parameter in parameters.values() if parameter.dim() > 1]
     vectors = [parameter for parameter in parameters.values() if parameter.dim() <= 1]
-    groups = ((matrices, config.weight_decay, config.matrix_rate), (vectors, 0.0, 1.0))
-    return [{"params": group, "weight_decay": decay, "rate": relative} for group, decay, relative in groups if group]
+    return [{"params": group, "weight_decay": decay} for group, decay in ((matrices, weight_decay), (vectors, 0.0)) if group]
 
 
 def _accumulate(windows: Tensor, start: int, micro_batch: int, loss: Loss, autocast: torch.autocast, device: torch.device) -> float:

@@ -92,9 +92,14 @@ class BlockStream:
         return tensors
 
     @contextmanager
-    def holding_blocks(self) -> Iterator[None]:
-        """Meanwhile stored tensors of blocks stay on the GPU once read, within half of what is free there: for many passes. On a CPU they are mapped files anyway."""
-        self._room = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 0
+    def holding_blocks(self, room: int | None = None) -> Iterator[None]:
+        """Meanwhile stored tensors of blocks stay where they were read to, for many passes: so many bytes of them, or half of what is free on the GPU.
+
+        On a CPU they are mapped files anyway, and without `room` none are held.
+        """
+        if room is None:
+            room = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 0
+        self._room = room
         try:
             yield
         finally:

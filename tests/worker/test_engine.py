@@ -23,8 +23,9 @@ from app.exceptions import RecipeError
 from app.recipe import METHODS, MODEL_TYPES, Budget, Evaluation, Fraction, Recipe, Structured
 from app.source import Source, check_recipe, read_source
 from tests.models import load_model, make_checkpoint, make_text
+from worker import evaluation
 from worker.blocks import BlockStream
-from worker.calibration import forward, measuring
+from worker.calibration import StatesOnDevice, forward, measuring
 from worker.checkpoint import checkpoint_bytes, finish, read_masks, write_padded
 from worker.data import leading_windows, random_windows, tokenize
 from worker.evaluation import logits, perplexity
@@ -312,6 +313,15 @@ def test_perplexity_is_transformers_own(text: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         losses = [float(model(window[None], labels=window[None]).loss) for window in windows]
     assert perplexity(BlockStream(read_source(folder)), windows, tmp_path) == pytest.approx(math.exp(sum(losses) / 5), rel=1e-4)
+
+
+def test_hidden_states_on_a_device_pass_as_those_in_files(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path / "dense", "llama")
+    windows = leading_windows(tokenize(folder, str(text), {}), Evaluation(source=str(text), windows=5, sequence_length=40))
+    stream = BlockStream(read_source(folder))
+    value = perplexity(stream, windows, tmp_path)
+    monkeypatch.setattr(evaluation, "passing_states", lambda work, shape, device: StatesOnDevice(shape, device))
+    assert perplexity(stream, windows, tmp_path / "none") == value
 
 
 def test_parameters_and_macs_are_counted_by_every_denominator(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ class QoS(redis.QoS):
 
     def ack(self, delivery_tag: str) -> None:
         try:
-            super().ack(delivery_tag)  # type: ignore[no-untyped-call, unused-ignore]
+            super().ack(delivery_tag)  # type: ignore[no-untyped-call, unused-ignore]  # kombu has no types, which mypy sees only in some runs
         finally:
             virtual.QoS.ack(self, delivery_tag)
 

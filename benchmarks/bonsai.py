@@ -458,7 +458,7 @@ def _naive_priors(model: Any, tokens: Tensor, group: int) -> list[Tensor]:
     for handle in handles:
         handle.remove()
     scores = [linear.weight.abs().mean(dim=0) * sums[place].sqrt() for place, linear in enumerate(_outputs(model))]
-    return [score.view(-1, group).mean(dim=1) if place % 2 else score for place, score in enumerate(scores)]
+    return [(score.view(-1, group).mean(dim=1) if place % 2 else score).cpu() for place, score in enumerate(scores)]
 
 
 def _masked_perplexity(model: Any, tokens: Tensor, mask: Tensor, group: int) -> float:
@@ -467,7 +467,7 @@ def _masked_perplexity(model: Any, tokens: Tensor, mask: Tensor, group: int) -> 
     handles = []
     for place, (linear, own) in enumerate(zip(outputs, mask.split(widths), strict=True)):
         columns = (own.repeat_interleave(group) if place % 2 else own).float()
-        handles.append(linear.register_forward_pre_hook(lambda module, args, columns=columns: (args[0] * columns,)))
+        handles.append(linear.register_forward_pre_hook(lambda module, args, columns=columns: (args[0] * columns.to(args[0].device),)))
     value = perplexity_of(model, tokens)
     for handle in handles:
         handle.remove()

@@ -74,10 +74,9 @@ class Target:
 
     def begin(self, *, resume: bool) -> int:
         """Make room for what will come; how much has come before."""
-        self.part.parent.mkdir(parents=True, exist_ok=True)
-        self.part.touch()
-        if not resume or self.have > self.artifact["bytes"]:
-            self.part.write_bytes(b"")
+        make_room(self.part, keep=resume)
+        if self.have > self.artifact["bytes"]:
+            make_room(self.part, keep=False)
         return self.have
 
     def add(self, file: IO[bytes], chunk: bytes) -> Progress:
@@ -111,6 +110,14 @@ def parts_of(artifact: ArtifactFile) -> tuple[str, ...]:
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
         raise DownloadError(f"The manifest names the file '{name}', which would lie outside the target folder; nothing is written.")
     return parts
+
+
+def make_room(part: Path, *, keep: bool) -> None:
+    """See that there is a part to write to, with what it holds or empty."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    if not keep:
+        part.write_bytes(b"")
 
 
 def damaged(job_id: str, artifact: ArtifactFile, found: str) -> DownloadError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from espalier.answers import ArtifactFile
-from espalier.downloading import Progress, damaged, parts_of
+from espalier.downloading import Progress, damaged, make_room, parts_of
 from espalier.errors import DownloadError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -53,10 +53,7 @@ class TarTarget:
 
     def begin(self, *, resume: bool) -> int:
         """Make room for what will come; how much has come before, which is checked anew. Raises DownloadError where that is wrong, and deletes it."""
-        self.part.parent.mkdir(parents=True, exist_ok=True)
-        self.part.touch()
-        if not resume:
-            self.part.write_bytes(b"")
+        make_room(self.part, keep=resume)
         self._check = TarCheck(self._job_id, self.artifacts)
         for chunk in _chunks(self.part):
             self._follow(chunk)

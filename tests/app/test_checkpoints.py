@@ -450,7 +450,7 @@ def api_process(home: Path, **environment: str) -> Iterator[tuple[httpx.Client, 
         command = [sys.executable, "-m", "uvicorn", "app.main:create_app", "--factory", "--no-access-log", "--fd", str(listener.fileno())]
         settings = os.environ | environment | {"ESPALIER_HOME": str(home), "ESPALIER_UPLOAD_PART_BYTES": str(2**27)}
         with (home / "api.log").open("wb") as log:
-            api = subprocess.Popen(command, env=settings, stderr=log, pass_fds=[listener.fileno()], preexec_fn=dies_with(os.getpid()))  # noqa: PLW1509
+            api = subprocess.Popen(command, env=settings, stderr=log, pass_fds=[listener.fileno()], preexec_fn=dies_with(os.getpid()))  # noqa: PLW1509  it makes one system call
         base = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with httpx.Client(base_url=base, headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=60) as client:
             client.get("/livez").raise_for_status()

@@ -196,7 +196,7 @@ def queries(database: Database) -> Iterator[list[str]]:
 
 def test_a_key_costs_no_query_each_time(patient: Api) -> None:
     api = patient.other_tenant()
-    database: Database = patient.client.app.state.database  # type: ignore[attr-defined]
+    database: Database = patient.client.app.state.database  # type: ignore[attr-defined]  # httpx says nothing of the app
     with queries(database) as seen:
         for _ in range(10):
             assert api.get("/v1/methods").status_code == 200

@@ -155,7 +155,7 @@ def test_a_job_whose_worker_always_dies_ends(service: Service) -> None:
     job_id = service.submit(model=service.model(steps=100, pause=0.2), limits={"max_attempts": 2})
     for attempt in (1, 2):
         worker = service.start_worker()
-        jobs.wait_until(lambda attempt=attempt: jobs.get(service.database, job_id).attempt == attempt, 60, f"attempt {attempt}")  # type: ignore[misc]
+        jobs.wait_until(lambda attempt=attempt: jobs.get(service.database, job_id).attempt == attempt, 60, f"attempt {attempt}")  # type: ignore[misc]  # bound now
         service.kill_tree(worker)
         service.expire(job_id)
     job = jobs.wait_for_state(service.database, job_id, "failed")

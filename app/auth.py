@@ -21,7 +21,7 @@ from typing import Annotated, Literal, get_args
 import structlog
 from anyio.to_thread import run_sync
 from fastapi import Depends, Request, Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
+from fastapi.security import HTTPBearer, SecurityScopes
 from sqlalchemy import ColumnElement, and_, insert, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -206,22 +206,30 @@ async def _known_keys(request: Request) -> KnownKeys:
 
 
 OpenKeys = Annotated[KnownKeys, Depends(_known_keys)]
-bearer = HTTPBearer(auto_error=False, scheme_name="API key", bearerFormat="esp_<id>_<secret>", description="`Authorization: Bearer esp_<id>_<secret>`")
 
 
-async def authenticate(needed: SecurityScopes, request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Caller:
-    """The caller, if its key has every scope that the endpoint needs, `admin` has them all, and has not called too often."""
-    if credentials is None:
-        raise _unauthenticated("key_missing", "The request carries no API key.")
-    keys: KnownKeys = request.app.state.keys  # each of them as a dependency would cost more than what it is asked
-    rates: Rates = request.app.state.rates
-    caller = await _caller(credentials.credentials, request, keys, rates)
-    bind_request(tenant_id=caller.tenant_id, key_id=caller.key_id)
-    request.state.headers = await rates.count(request.method, caller.tenant_id, caller.key_id)
-    missing = [scope for scope in needed.scopes if scope not in caller.scopes and "admin" not in caller.scopes]
-    if missing:
-        raise ScopeError(f"This needs the scope {missing[0]}.", code="scope_missing", hint=f"Use a key with the scope {missing[0]}.")
-    return caller
+class Authentication(HTTPBearer):
+    """Who calls, as a dependency and as what OpenAPI tells of it."""
+
+    async def __call__(self, request: Request, needed: SecurityScopes) -> Caller:  # type: ignore[override]  # FastAPI calls it with what it names
+        """The caller, if its key has every scope that the endpoint needs, `admin` has them all, and has not called too often."""
+        credentials = await super().__call__(request)
+        if credentials is None:
+            raise _unauthenticated("key_missing", "The request carries no API key.")
+        keys: KnownKeys = request.app.state.keys  # each of them as a dependency would cost more than what it is asked
+        rates: Rates = request.app.state.rates
+        caller = await _caller(credentials.credentials, request, keys, rates)
+        bind_request(tenant_id=caller.tenant_id, key_id=caller.key_id)
+        request.state.headers = await rates.count(request.method, caller.tenant_id, caller.key_id)
+        missing = [scope for scope in needed.scopes if scope not in caller.scopes and "admin" not in caller.scopes]
+        if missing:
+            raise ScopeError(f"This needs the scope {missing[0]}.", code="scope_missing", hint=f"Use a key with the scope {missing[0]}.")
+        return caller
+
+
+authenticate = Authentication(
+    auto_error=False, scheme_name="API key", bearerFormat="esp_<id>_<secret>", description="`Authorization: Bearer esp_<id>_<secret>`"
+)
 
 
 async def _caller(key: str, request: Request, keys: KnownKeys, rates: Rates) -> Caller:

@@ -147,13 +147,18 @@ def _checked(engine: Engine) -> Engine:
 
 
 class Database:
-    """Sessions of one engine: `reading()` takes no write lock and sees with each query what is committed then, `writing()` commits at its end."""
+    """Sessions of one engine: `reading()` takes no write lock and sees with each query what is committed then, `writing()` commits at its end.
+
+    `writing_at_once()` is for what is written by a single statement: on Postgres each of its statements is a transaction of its own, which saves the round trips
+    of one around it.
+    """
 
     def __init__(self, url: str) -> None:
         self.engine = make_engine(url)
         self._writers = sessionmaker(self.engine, expire_on_commit=False)
         alone = {"isolation_level": "AUTOCOMMIT"} if self.engine.dialect.name == "postgresql" else {}  # no BEGIN and ROLLBACK around a query
         self._readers = sessionmaker(self.engine.execution_options(reads_only=True, **alone), expire_on_commit=False)
+        self._writers_at_once = sessionmaker(self.engine.execution_options(**alone), expire_on_commit=False)
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -163,6 +168,11 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[Session]:
         with self._writers.begin() as session:
+            yield session
+
+    @contextmanager
+    def writing_at_once(self) -> Iterator[Session]:
+        with self._writers_at_once.begin() as session:
             yield session
 
     def dispose(self) -> None:

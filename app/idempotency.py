@@ -78,14 +78,15 @@ def find_answer(database: Database, tenant_id: str, asked: Asked | None) -> Resp
         return _find(session, tenant_id, asked)
 
 
-def answer_once(database: Database, tenant_id: str, asked: Asked | None, act: Callable[[Session], Answer]) -> Response:
-    """Do what the request asks for, unless it was done before.
+def answer_once(database: Database, tenant_id: str, asked: Asked | None, act: Callable[[Session], Answer], *, at_once: bool = False) -> Response:
+    """Do what the request asks for, unless it was done before. at_once: all that `act` writes is one statement.
 
     Raises KeyReuseError where the key came with another request, ConflictError where one with this key takes too long, and what `act` raises.
     """
-    with database.writing() as session:
-        if asked is None:
+    if asked is None:
+        with database.writing_at_once() if at_once else database.writing() as session:
             return act(session).response()
+    with database.writing() as session:
         if not _reserve(session, tenant_id, asked):
             answered = _find(session, tenant_id, asked)
             if answered is not None:

@@ -20,6 +20,7 @@ from app.database import Database
 from app.dispatcher import Dispatcher
 from app.jobs import endpoints as jobs
 from app.jobs.news import News
+from app.jobs.told import ToldJobs
 from app.keys import endpoints as keys
 from app.middleware import MAX_BODY_BYTES, RequestContext
 from app.queues import endpoints as queues
@@ -56,6 +57,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.state.rates = rates = Rates(settings)
         noting_use = asyncio.create_task(known_keys.keep_noting_use())
         app.state.news = news = News(database, settings.max_streams)
+        app.state.told = ToldJobs(database)
         dispatcher = Dispatcher(database, settings)
         dispatcher.start()
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from queue import Empty
@@ -111,8 +112,16 @@ def publish(settings: Settings, job_id: str, queue: str = QUEUE) -> None:
 
     Only workers of the release before read the job's id; the others claim the best job of their class.
     """
+    publish_all(settings, [(job_id, queue)])
+
+
+def publish_all(settings: Settings, messages: Sequence[tuple[str, str]]) -> None:
+    """Send a message of each job to its queue."""
     celery = _publisher(settings.broker_url.get_secret_value(), settings.messages_dir)
-    celery.send_task(TASK, args=[job_id], queue=declare(queue), ignore_result=True)
+    queues = {name: declare(name) for _, name in messages}
+    with celery.producer_or_acquire() as producer:
+        for job_id, name in messages:
+            celery.send_task(TASK, args=[job_id], queue=queues[name], ignore_result=True, producer=producer)
 
 
 def depth(settings: Settings, queue: str = QUEUE) -> int:

@@ -14,8 +14,10 @@ from app.models import AuditEntry
 if TYPE_CHECKING:
     from app.auth import Caller  # which writes entries itself
 
+ENTRIES = Base.metadata.tables[AuditEntry.__tablename__]
+
 
 def record(session: Session, caller: Caller, action: str, target: str, **data: Any) -> None:
     """Tell that the caller did something, e.g. `job.submit`, to the target, an id; `data` says more and holds no secrets."""
     entry = {"tenant_id": caller.tenant_id, "key_id": caller.key_id, "action": action, "target": target, "request_id": id_of_request(), "data": data}
-    session.execute(insert(Base.metadata.tables[AuditEntry.__tablename__]), entry)
+    session.execute(insert(ENTRIES), entry)

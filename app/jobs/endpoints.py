@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app import audit, models
-from app.auth import ArtifactReader, JobReader, JobWriter, OpenKeys
+from app.auth import ArtifactReader, Caller, JobReader, JobWriter, OpenKeys
 from app.checkpoints.skeleton import source_of
 from app.database import Database
 from app.dependencies import Configuration, OpenDatabase, OpenStore
@@ -33,12 +33,14 @@ from app.jobs.archive import checkpoint_tar
 from app.jobs.news import News, Watched, stream
 from app.jobs.repository import JobFilter, Standing
 from app.jobs.schemas import ArtifactFile, Event, EventPage, Job, JobPage, Labels, Manifest, State, Submission, Validation
+from app.jobs.told import Told, ToldJobs
 from app.logging import bind_request
 from app.models import FINISHED
 from app.problems import declared
 from app.recipe import MethodName
 from app.report import Report
-from app.settings import QUEUE
+from app.settings import QUEUE, Settings
+from app.storage import Store
 from app.strict import Time
 
 POLL_SECONDS = 2
@@ -183,13 +185,14 @@ def _file_responses(media_type: str) -> dict[int | str, dict[str, Any]]:
 def submit_job(
     recipe: Submission,
     caller: JobWriter,
-    database: OpenDatabase,
-    store: OpenStore,
-    settings: Configuration,
+    request: Request,
     asked: MayBeAsked,
     validate_only: Annotated[bool, Query(description="Only check the recipe, and tell what the job would cost; an Idempotency-Key is not looked at.")] = False,
 ) -> Response:
     """Submit a pruning job. `model`, `method` and `sparsity` suffice; everything else has a default."""
+    database: Database = request.app.state.database  # each of them as a dependency would cost more than most of what is done with it
+    store: Store = request.app.state.store
+    settings: Settings = request.app.state.settings
     known = None if validate_only else find_answer(database, caller.tenant_id, asked)
     if known is not None:
         return known
@@ -200,11 +203,9 @@ def submit_job(
             return Response(service.validate(session, recipe, cost, settings).model_dump_json(), media_type="application/json")
 
     def submit(session: Session) -> Answer:
-        job = service.submit(session, caller.tenant_id, recipe, cost, settings)
-        audit.record(session, caller, "job.submit", job.id)
-        return _accepted(job)
+        return _accepted(service.submit(session, caller.tenant_id, caller.key_id, recipe, cost, settings))
 
-    answer = answer_once(database, caller.tenant_id, asked, submit)
+    answer = answer_once(database, caller.tenant_id, asked, submit, at_once=service.is_written_at_once(recipe))
     wake()
     return answer
 
@@ -236,35 +237,36 @@ def list_jobs(
 async def get_job(
     caller: JobReader,
     job_id: JobId,
-    database: OpenDatabase,
     request: Request,
     wait: Wait = 0,
 ) -> Response:
     """One job. With `If-None-Match` the answer is 304 until anything has changed; with `wait` it comes as soon as there is something to tell."""
-    read = partial(_read_job, database, caller.tenant_id, job_id)
     if wait:
         news: News = request.app.state.news
         with news.watch(job_id) as watched:
-            job = await run_sync(read)
+            job = await _tell(request, caller, job_id)
             if not _worth_telling(request.headers, job):
                 await watched.until(partial(_worth_telling, request.headers), wait)
-                job = await run_sync(read)
+                job = await _tell(request, caller, job_id)
     else:
-        job = await run_sync(read)
-    headers = {"ETag": f'"{job.version}"'} | ({} if job.state in FINISHED else {"Retry-After": str(POLL_SECONDS)})
+        job = await _tell(request, caller, job_id)
+    headers = {"ETag": f'"{job.version}"'} | ({} if job.finished else {"Retry-After": str(POLL_SECONDS)})
     if not_modified(request.headers, headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    return Response(Job.of(job).model_dump_json(), headers=headers, media_type="application/json")
+    return Response(job.body, headers=headers, media_type="application/json")
 
 
-def _read_job(database: Database, tenant_id: str, job_id: str) -> models.Job:
-    with database.reading() as session:
-        return service.get_job(session, tenant_id, job_id)
+async def _tell(request: Request, caller: Caller, job_id: str) -> Told:
+    told: ToldJobs = request.app.state.told  # a dependency would cost more than the question
+    job = await told.find(caller.tenant_id, job_id)
+    if job is None:
+        raise service.no_job(job_id)
+    return job
 
 
-def _worth_telling(headers: Mapping[str, str], job: models.Job | Standing) -> bool:
+def _worth_telling(headers: Mapping[str, str], job: Told | Standing) -> bool:
     """Whether a request that waits is to be answered now."""
-    return not not_modified(headers, f'"{job.version}"') if "if-none-match" in headers else job.state in FINISHED
+    return not not_modified(headers, f'"{job.version}"') if "if-none-match" in headers else job.finished
 
 
 @router.delete("/{job_id}", status_code=204, responses=declared(404, 409))
@@ -309,7 +311,7 @@ async def list_events(
     """
     if watched is None:
         return await run_sync(_read_events, database, caller.tenant_id, job_id, after, limit)
-    await run_sync(_read_job, database, caller.tenant_id, job_id)
+    await _tell(request, caller, job_id)
     key = request.headers["authorization"].partition(" ")[2]
 
     def read(number: int) -> Sequence[models.JobEvent]:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
-from sqlalchemy import ColumnElement, Insert, Select, String, bindparam, case, delete, exists, func, insert, literal, select, tuple_, type_coerce, update
+from sqlalchemy import (
+    ColumnElement,
+    Insert,
+    Integer,
+    Select,
+    String,
+    Text,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    select,
+    true,
+    tuple_,
+    type_coerce,
+    update,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session, defer, joinedload
 from sqlalchemy.sql.dml import ReturningInsert
 from uuid_utils import uuid7
 
 from app import telemetry, totals
-from app.database import Base, UtcDateTime, db_now
+from app.audit import ENTRIES
+from app.database import Base, Json, UtcDateTime, db_now
+from app.logging import id_of_request
 from app.models import FINISHED, RETRIED, Artifact, Job, JobEvent, OutboxMessage, SinkRun, Tenant, Worker
 from app.recipe import Limits, Recipe
 from app.sinks import repository as sinks
@@ -24,13 +45,16 @@ from app.webhooks.deliveries import announce
 MAX_MESSAGE_LENGTH = 10_000
 COUNTED = ("claimed", "requeued", "lease_expired", "succeeded", "failed", "cancelled")  # events of which the metrics tell how many there were
 
-JOBS, EVENTS, OUTBOX = (Base.metadata.tables[model.__tablename__] for model in (Job, JobEvent, OutboxMessage))  # written by without an ORM's detours
+JOBS, EVENTS, OUTBOX, TENANTS, WORKERS = (  # what every request needs goes without an ORM's detours
+    Base.metadata.tables[model.__tablename__] for model in (Job, JobEvent, OutboxMessage, Tenant, Worker)
+)
 TIMES = (JOBS.c.created_at, JOBS.c.updated_at, JOBS.c.start_by)
 UNTOLD = (  # what only concerns who does the job; each column takes time to read
     *(Job.report, Job.host_bytes, Job.device_bytes, Job.max_runtime, Job.ran_seconds, Job.claimed_at, Job.start_by, Job.trace_parent),
     *(Job.lease_owner, Job.lease_token, Job.lease_until, Job.published_at, Job.cancel_requested_at, Job.stored_bytes),
 )
 TOLD_OF_SINK = (SinkRun.name, SinkRun.target, SinkRun.state, SinkRun.tries, SinkRun.result, SinkRun.error, SinkRun.updated_at)
+NewRow = dict[str, ColumnElement[Any]]
 NEW: dict[str, Any] = {"state": "queued", "progress": {}, "attempt": 0, "lease_token": 0, "ran_seconds": 0.0, "stored_bytes": 0, "version": 1}
 
 
@@ -47,20 +71,73 @@ class JobFilter:
     labels: tuple[tuple[str, str], ...] = ()
 
 
-def insert_job(
-    session: Session,
+def insert_job(session: Session, tenant_id: str, recipe: Recipe, *, message: str = "Queued.", **more: Unpack[OfSubmission]) -> Job:
+    """A queued job, its first event, the message that is to be published and, where a key is named, the audit log's entry. The session does not know the object."""
+    row, others = _row(tenant_id, recipe, **more)
+    job, *rest = _insertions(recipe.limits.max_pending, others["by_key"] is not None)
+    times = session.execute(job, row).one()
+    for insertion in rest:
+        session.execute(insertion, others | {"of_job": row["id"], "said": message})
+    return _job(row, times)
+
+
+class OfSubmission(TypedDict, total=False):
+    """What a submission says of a job, and what is known of it, beside the recipe."""
+
+    queue: str
+    priority: int
+    labels: dict[str, str]
+    webhook_id: str | None
+    host_bytes: int | None
+    device_bytes: int | None
+    key_id: str | None
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What a submission meets."""
+
+    waiting: int  # jobs of its tenant
+    bound: int  # as many may wait
+    served: bool  # a worker of its class lives
+
+
+def admit_job(
+    session: Session, tenant_id: str, recipe: Recipe, lease_seconds: float, most: int, messages: tuple[str, str], **more: Unpack[OfSubmission]
+) -> tuple[Admission, Job | None]:
+    """`insert_job`, but only if the tenant may have one more waiting: up to `most`, if it has no bound of its own.
+
+    messages: of the first event, where a worker of the job's class lives and where none does. On Postgres all of it is one statement, which saves round trips
+    and needs no transaction around it.
+    """
+    if session.get_bind().dialect.name != "postgresql":
+        met = find_admission(session, tenant_id, more.get("queue", "default"), lease_seconds, most)
+        admitted = met.waiting < met.bound
+        return met, insert_job(session, tenant_id, recipe, message=messages[not met.served], **more) if admitted else None
+    row, others = _row(tenant_id, recipe, **more)
+    asked = {"tenant": tenant_id, "class": row["queue"], "most": most, "said": messages[0], "said_unserved": messages[1]}
+    statement = _admission_and_insertion(tuple(row), lease_seconds, recipe.limits.max_pending, others["by_key"] is not None)
+    given = {f"new_{name}": value for name, value in row.items()}
+    waiting, bound, served, *times = session.execute(statement, given | others | asked).one()
+    return Admission(waiting, bound, served), None if times[0] is None else _job(row, times)
+
+
+def find_admission(session: Session, tenant_id: str, queue: str, lease_seconds: float, most: int) -> Admission:
+    return Admission(*session.execute(_admission(lease_seconds), {"tenant": tenant_id, "class": queue, "most": most}).one())
+
+
+def _row(
     tenant_id: str,
     recipe: Recipe,
-    *,
     queue: str = "default",
     priority: int = 0,
     labels: dict[str, str] | None = None,
     webhook_id: str | None = None,
     host_bytes: int | None = None,
     device_bytes: int | None = None,
-    message: str = "Queued.",
-) -> Job:
-    """A queued job, its first event and the message that is to be published. The session does not know the object."""
+    key_id: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A job's row but for its times, and what is written with it."""
     row = {
         "id": f"job_{uuid7().hex}",
         "tenant_id": tenant_id,
@@ -69,6 +146,7 @@ def insert_job(
         "recipe": _stored(recipe),
         "queue": queue,
         "priority": priority,
+        "metadata": labels or {},
         "webhook_id": webhook_id,
         "host_bytes": host_bytes,
         "device_bytes": device_bytes,
@@ -78,43 +156,56 @@ def insert_job(
         "last_event": 1,
         **NEW,
     }
-    of_job = {"of_job": row["id"], "of_tenant": tenant_id, "said": message}
-    first, *others = _insertions(session.get_bind().dialect.name, recipe.limits.max_pending)
-    times = session.execute(first, row | of_job | {"metadata": labels or {}}).one()
-    for other in others:
-        session.execute(other, of_job)
-    return Job(**row, labels=labels or {}, **times._mapping)
+    return row, {"of_tenant": tenant_id, "by_key": key_id, "in_request": id_of_request()}
 
 
-@lru_cache(maxsize=64)  # every submission needs them, and they take longer to build than to execute
-def _insertions(dialect: str, max_pending: float | None) -> Sequence[ReturningInsert[Any] | Insert]:
-    """A job, whose times are returned, its first event and its message: on Postgres as one statement, which saves two round trips."""
-    of_job = {"job_id": bindparam("of_job", type_=String()), "tenant_id": bindparam("of_tenant", type_=String())}
-    event = insert(EVENTS).values(**of_job, sequence=1, kind="queued", message=bindparam("said"), data={})
-    message = insert(OUTBOX).from_select(list(of_job), select(*of_job.values()))  # by VALUES, a statement within another would name the id that is counted up
+def _job(row: dict[str, Any], times: Iterable[datetime]) -> Job:
+    labels = {"labels": row["metadata"]}
+    return Job(**{name: value for name, value in row.items() if name != "metadata"}, **labels, **dict(zip((time.name for time in TIMES), times, strict=True)))
+
+
+# They take longer to build than to execute.
+
+
+@lru_cache(maxsize=4)
+def _admission(lease_seconds: float) -> Select[int, int, bool]:
+    waiting = select(func.count()).where(JOBS.c.tenant_id == bindparam("tenant"), JOBS.c.state == "queued").scalar_subquery()
+    bound = func.coalesce(TENANTS.c.max_queued, bindparam("most", type_=Integer()))
+    served = exists().where(WORKERS.c.queue == bindparam("class"), WORKERS.c.seen_at > db_now(-lease_seconds))
+    return select(waiting.label("waiting"), bound.label("bound"), served.label("served")).where(TENANTS.c.id == bindparam("tenant"))
+
+
+@lru_cache(maxsize=64)
+def _insertions(max_pending: float | None, audited: bool) -> Sequence[ReturningInsert[Any] | Insert]:
+    """A job, whose times are returned, and what is written with it."""
     job = insert(JOBS).values(start_by=None if max_pending is None else db_now(max_pending)).returning(*TIMES)
-    return (job.add_cte(event.cte("event"), message.cte("message")),) if dialect == "postgresql" else (job, event, message)
+    return job, *_beside_job(bindparam("of_job", type_=String()), bindparam("said", type_=Text()), audited)
 
 
-@dataclass(frozen=True)
-class Admission:
-    """What a submission meets."""
+@lru_cache(maxsize=64)
+def _admission_and_insertion(columns: tuple[str, ...], lease_seconds: float, max_pending: float | None, audited: bool) -> Select[Any]:
+    """The admission, the times of the job that it lets in, and what is written with that. columns: of the job, given as `new_…`."""
+    met = _admission(lease_seconds).cte("met")
+    given: dict[str, ColumnElement[Any]] = {name: bindparam(f"new_{name}", type_=JOBS.c[name].type) for name in columns}
+    if max_pending is not None:
+        given["start_by"] = db_now(max_pending)
+    admitted = select(*given.values()).where(met.c.waiting < met.c.bound)
+    job = insert(JOBS).from_select([*given], admitted).returning(JOBS.c.id, *TIMES).cte("job")
+    said = case((select(met.c.served).scalar_subquery(), bindparam("said", type_=Text())), else_=bindparam("said_unserved", type_=Text()))
+    beside = [insertion.cte(insertion.table.name) for insertion in _beside_job(job.c.id, said, audited)]
+    return select(met, *(job.c[time.name] for time in TIMES)).select_from(met.outerjoin(job, true())).add_cte(*beside)
 
-    waiting: int  # jobs of its tenant
-    bound: int | None  # as many may wait, if the tenant has a bound of its own
-    served: bool  # a worker of its class lives
 
-
-def find_admission(session: Session, tenant_id: str, queue: str, lease_seconds: float) -> Admission:
-    waiting, bound, served = session.execute(_admission(lease_seconds), {"tenant": tenant_id, "class": queue}).one()
-    return Admission(waiting, bound, served)
-
-
-@lru_cache(maxsize=4)  # every submission asks, and it takes longer to build than to execute
-def _admission(lease_seconds: float) -> Select[int, int | None, bool]:
-    waiting = select(func.count()).where(Job.tenant_id == bindparam("tenant"), Job.state == "queued").scalar_subquery()
-    served = exists().where(Worker.queue == bindparam("class"), Worker.seen_at > db_now(-lease_seconds))
-    return select(waiting, Tenant.max_queued, served).where(Tenant.id == bindparam("tenant"))
+def _beside_job(job_id: ColumnElement[str], message: ColumnElement[str], audited: bool) -> Iterator[Insert]:
+    """The first event of a job, its message and its entry in the audit log."""
+    tenant_id, by, request = (bindparam(name, type_=String()) for name in ("of_tenant", "by_key", "in_request"))
+    nothing = literal({}, Json)
+    event: NewRow = {"job_id": job_id, "tenant_id": tenant_id, "sequence": literal(1), "kind": literal("queued"), "message": message, "data": nothing}
+    entry: NewRow = {"tenant_id": tenant_id, "key_id": by, "action": literal("job.submit"), "target": job_id, "request_id": request, "data": nothing}
+    to_publish: NewRow = {"job_id": job_id, "tenant_id": tenant_id}
+    rows = [(EVENTS, event), (OUTBOX, to_publish), (ENTRIES, entry)]
+    for table, row in rows if audited else rows[:-1]:
+        yield insert(table).from_select([*row], select(*row.values()))
 
 
 def add_event(session: Session, job_id: str, tenant_id: str, kind: str, message: str, data: dict[str, Any] | None = None) -> int:
@@ -147,8 +238,28 @@ def find_job(session: Session, tenant_id: str, job_id: str) -> Job | None:
 
 @lru_cache  # as of the others that every request needs
 def _found() -> Select[Job]:
-    one = select(Job).where(Job.id == bindparam("wanted"), Job.tenant_id == bindparam("tenant"))
-    return one.options(*(defer(column, raiseload=True) for column in UNTOLD), joinedload(Job.sinks).load_only(*TOLD_OF_SINK, raiseload=True))
+    return _told().where(Job.id == bindparam("wanted"), Job.tenant_id == bindparam("tenant"))
+
+
+def _told() -> Select[Job]:
+    return select(Job).options(*(defer(column, raiseload=True) for column in UNTOLD), joinedload(Job.sinks).load_only(*TOLD_OF_SINK, raiseload=True))
+
+
+def find_jobs(session: Session, keys: Sequence[tuple[str, str]]) -> Sequence[Job]:
+    """Those that there are of these tenants' jobs, (tenant, job) each, as `find_job` finds one."""
+    return session.scalars(_told().where(tuple_(Job.tenant_id, Job.id).in_(keys))).unique().all()
+
+
+def find_versions(session: Session, keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    """The versions of those that there are of these tenants' jobs, (tenant, job) each."""
+    rows = session.execute(_versions(), {"keys": keys})
+    return {(tenant_id, job_id): version for tenant_id, job_id, version in rows}
+
+
+@lru_cache
+def _versions() -> Select[str, str, int]:
+    found = select(JOBS.c.tenant_id, JOBS.c.id, JOBS.c.version)
+    return found.where(tuple_(JOBS.c.tenant_id, JOBS.c.id).in_(bindparam("keys", expanding=True)))
 
 
 def find_report(session: Session, tenant_id: str, job_id: str) -> dict[str, Any] | None:

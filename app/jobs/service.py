@@ -12,7 +12,7 @@ from app.database import db_now
 from app.estimate import Estimate, estimate
 from app.exceptions import ConflictError, GoneError, NotFoundError, QuotaError, RecipeError
 from app.jobs import repository
-from app.jobs.repository import JobFilter
+from app.jobs.repository import Admission, JobFilter
 from app.jobs.schemas import Submission, Validation
 from app.models import FINISHED, RETRIED, Artifact, Job
 from app.paging import make_cursor, no_cursor, read_cursor
@@ -86,27 +86,38 @@ def validate(session: Session, recipe: Submission, cost: Estimate | None, settin
     return Validation(recipe=recipe, estimate=cost, placement=place(session, recipe.queue, cost, settings.lease_seconds))
 
 
-def submit(session: Session, tenant_id: str, recipe: Submission, cost: Estimate | None, settings: Settings) -> Job:
-    """Raises QuotaError where the tenant has as many waiting jobs as it may; requests at the same moment may exceed that by their number."""
+def is_written_at_once(recipe: Submission) -> bool:
+    """Whether `submit` needs no transaction on Postgres: all that it writes is one statement, and nothing else is to stay as it is meanwhile."""
+    return not recipe.sinks and not CHECKPOINT_ID.fullmatch(recipe.model)
+
+
+def submit(session: Session, tenant_id: str, key_id: str, recipe: Submission, cost: Estimate | None, settings: Settings) -> Job:
+    """A queued job, with its entry in the audit log under the key that was used.
+
+    Raises QuotaError where the tenant has as many waiting jobs as it may; requests at the same moment may exceed that by their number.
+    """
     _hold_model(session, tenant_id, recipe.model)
     check_named(session, tenant_id, recipe.webhook)
     queue = recipe.queue
-    served = _admit(session, tenant_id, queue, settings)
     if cost is not None or queue == AUTO:
-        placement = place(session, queue, cost, settings.lease_seconds)
-        queue, served = placement.queue, placement.live_workers > 0
-    job = repository.insert_job(
+        queue = place(session, queue, cost, settings.lease_seconds).queue
+    met, job = repository.admit_job(
         session,
         tenant_id,
         recipe,
+        settings.lease_seconds,
+        settings.max_queued,
+        (_queued("Queued", queue, served=True), _queued("Queued", queue, served=False)),
         queue=queue,
         priority=recipe.priority,
         labels=recipe.metadata,
         webhook_id=recipe.webhook,
         host_bytes=None if cost is None else cost.host_bytes,
         device_bytes=None if cost is None else cost.device_bytes,
-        message=_queued("Queued", queue, served),
+        key_id=key_id,
     )
+    if job is None:
+        raise _too_many(met)
     if recipe.sinks:
         insert_runs(session, tenant_id, job.id, recipe.sinks, Vault(settings), "pending")
         return get_job(session, tenant_id, job.id)
@@ -125,10 +136,12 @@ def retry(session: Session, tenant_id: str, job_id: str, settings: Settings) -> 
     if job.state not in RETRIED:
         raise _not_retried(job)
     _hold_model(session, tenant_id, job.model)
-    served = _admit(session, tenant_id, job.queue, settings)
+    met = repository.find_admission(session, tenant_id, job.queue, settings.lease_seconds, settings.max_queued)
+    if met.waiting >= met.bound:
+        raise _too_many(met)
     max_pending = job.recipe["limits"].get("max_pending")
     if repository.queue_again(session, job, None if max_pending is None else db_now(max_pending)):
-        repository.add_event(session, job_id, tenant_id, "retried", _queued("Queued again", job.queue, served), {"attempt": job.attempt})
+        repository.add_event(session, job_id, tenant_id, "retried", _queued("Queued again", job.queue, met.served), {"attempt": job.attempt})
         session.expire(job)
         return get_job(session, tenant_id, job_id)
     session.expire(job)
@@ -151,17 +164,14 @@ def files_of(tenant_id: str, job_id: str) -> str:
     return f"{tenant_id}/jobs/{job_id}/"
 
 
-def _admit(session: Session, tenant_id: str, queue: str, settings: Settings) -> bool:
-    """Raise QuotaError where one more waiting job is too many; whether a worker of the queue lives."""
-    met = repository.find_admission(session, tenant_id, queue, settings.lease_seconds)
-    bound = settings.max_queued if met.bound is None else met.bound
-    if met.waiting < bound:
-        return met.served
+def _too_many(met: Admission) -> QuotaError:
     error = QuotaError(
-        f"{met.waiting} jobs wait, and this tenant may have {bound} waiting.", code="too_many_queued", hint="Submit again when some have begun, or cancel some."
+        f"{met.waiting} jobs wait, and this tenant may have {met.bound} waiting.",
+        code="too_many_queued",
+        hint="Submit again when some have begun, or cancel some.",
     )
     error.headers = {"Retry-After": str(RETRY_SECONDS)}
-    raise error
+    return error
 
 
 def _queued(done: str, queue: str, served: bool) -> str:

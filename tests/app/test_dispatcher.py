@@ -128,7 +128,7 @@ def test_a_wake_up_publishes_at_once(tmp_path: Path) -> None:
     finally:
         dispatching.stop()
         database.dispose()
-    assert not any(thread.is_alive() for thread in dispatching._threads)
+    assert [thread.name for thread in dispatching._threads if thread.is_alive()] == []
 
 
 def test_a_broker_outage_delays_messages_and_keeps_no_lease_from_being_reaped(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_an_error_of_ours_tells_nothing_of_the_inside(embedded: Api, monkeypatch
     def fail(*_: object) -> None:
         raise RuntimeError("the inside")
 
-    monkeypatch.setattr(repository, "find_job", fail)
+    monkeypatch.setattr(repository, "find_jobs", fail)
     answer = embedded.get("/v1/jobs/job_" + "0" * 32)
     problem = check_problem(answer, 500)
     assert (problem["code"], problem["hint"]) == ("internal", "Tell the operator the request_id.")

@@ -47,8 +47,9 @@ def of_lease(token: int = 1) -> lease.Lease:
 
 QUERIES: dict[str, Query] = {
     "get": lambda session: repository.find_job(session, TENANT, JOB),
+    "poll": lambda session: (repository.find_versions(session, [(TENANT, JOB)]), repository.find_jobs(session, [(TENANT, JOB), (TENANT, JOB)])),
     "report": lambda session: repository.find_report(session, TENANT, JOB),
-    "submit": lambda session: repository.insert_job(session, TENANT, RECIPE),
+    "submit": lambda session: repository.admit_job(session, TENANT, RECIPE, 45, 10**6, ("Queued.", "Queued."), key_id="key"),
     "cancel": lambda session: repository.request_cancel(session, TENANT, JOB),
     "events": lambda session: repository.list_events(session, TENANT, JOB, 1, 100),
     "news": lambda session: (repository.find_standings(session, [JOB]), repository.find_events(session, [(JOB, 1), (JOB, 2)])),

@@ -1,13 +1,14 @@
 """Bonsai on SmolLM2-135M: quality beside its prior alone, FLAP and CFSP; time beside a naive implementation; memory beside inference and a gradient.
 
-    python -m benchmarks.bonsai [--data FOLDER] [--only quality|adaptation|decoding|speed|memory] [--rows REGEX] [--masks 40] [--winogrande FILE] [--items 400]
+    python -m benchmarks.bonsai [--data FOLDER] [--only quality|draws|adaptation|decoding|speed|memory] [--rows REGEX] [--masks 40] [--winogrande FILE] [--items 400]
 
 FOLDER holds `wiki.valid.raw` (calibration, adaptation) and `wiki.test.raw` (evaluation) of WikiText-2; FILE is as `benchmarks.winogrande` reads it, and without one
 there is no zero-shot accuracy. Results go to `benchmarks/engine.json`, and from there into `benchmarks/README.md`, row by row as soon as they are there. With
 `--rows`, rows with other names stay as they were measured before.
 
 What quality prunes stays in `var/bench/bonsai/`, a folder a row. It is pruned again only when the model or the recipe is another one; after changes to the
-engine, remove the folder. Adaptation trains copies of what is kept there, and decoding times it.
+engine, remove the folder. Adaptation trains copies of what is kept there, and decoding times it. Draws prunes anew with other calibration text, and runs only when
+it is named.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from worker.walk import Pruned, Pruning, RoundStep
 REPOSITORY = HERE.parent
 SAMPLES, LENGTH = 4, 256
 FRACTIONS = (0.2, 0.5)
+OTHER_SEEDS = (1, 2)
 TIMED_FRACTION = 0.2
 WATCHED = ("inference", "pruning", "gradient")
 PREFILL_TOKENS, CONTEXT_TOKENS, DECODE_TOKENS, TURNS = 512, 128, 64, 3
@@ -147,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data" / "wikitext-2")
     parser.add_argument("--model", type=Path, help="another checkpoint folder")
-    parser.add_argument("--only", choices=["quality", "adaptation", "decoding", "speed", "memory"])
+    parser.add_argument("--only", choices=["quality", "draws", "adaptation", "decoding", "speed", "memory"])
     parser.add_argument("--rows", type=re.compile, default=re.compile(""), help="measure only the rows whose names this finds")
     parser.add_argument("--masks", type=int, default=40, help="sub-models a round")
     parser.add_argument("--winogrande", type=Path, help="the questions (default: ../zeroshot/winogrande.jsonl beside the folder of --data)")
@@ -171,9 +173,8 @@ def main() -> None:
         print(json.dumps(peak_of(setting, asked.watch)))
         return
     parts: dict[str, Callable[[Setting], None]] = {"memory": memory, "speed": speed, "quality": quality, "decoding": decoding, "adaptation": adaptation}
-    for name, measure in parts.items():
-        if asked.only in (None, name):
-            measure(setting)
+    for measure in parts.values() if asked.only is None else [(parts | {"draws": draws})[asked.only]]:
+        measure(setting)
     print((HERE / "README.md").read_text(encoding="utf-8"))
 
 
@@ -198,10 +199,22 @@ def quality(setting: Setting) -> None:
         keep_row("quality", {"name": "dense", "rounds": [], "masks": [], **measured(setting.model, setting), **zero_shot(setting.model, setting)})
     for name, recipe in setting.contenders():
         kept = find_kept(setting, name, recipe)
-        adapted = kept_rows("quality").get(name, {}).get("adapted") if kept else None  # of what is pruned anew it would not be true
+        known = kept_rows("quality").get(name, {}) if kept else {}  # of what is pruned anew it would not be true
         kept = kept or prune_and_keep(setting, name, recipe)
         row = {"name": name, **kept.rounds, **measured(kept.checkpoint, setting), **zero_shot(kept.checkpoint, setting)}
-        keep_row("quality", row | ({"adapted": adapted} if adapted else {}))
+        keep_row("quality", row | {part: known[part] for part in ("draws", "adapted") if part in known})
+
+
+def draws(setting: Setting) -> None:
+    """Perplexities of rows of quality with other calibration text: a round's sub-models are few, so that one draw says little."""
+    for name, recipe in setting.contenders():
+        row, found = kept_rows("quality").get(name), []
+        for seed in OTHER_SEEDS if row else ():
+            other = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"seed": seed})})
+            with tempfile.TemporaryDirectory() as folder:
+                found.append(measured(prune_into(Path(folder), setting, other)[0].folder, setting)["perplexity"])
+        if row:
+            keep_row("quality", row | {"draws": [row["perplexity"], *found]})
 
 
 def measured(checkpoint: Path, setting: Setting) -> dict[str, Any]:

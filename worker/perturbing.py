@@ -33,7 +33,7 @@ from worker.choosing import Choice, possible_groups
 from worker.evaluation import Embedded, embed, perplexity
 from worker.pruners import bonsai
 from worker.pruners.base import StructuredPruner
-from worker.pruners.bonsai import Fit
+from worker.pruners.bonsai import Evidence, Fit
 from worker.slicing import slice_kept
 from worker.state import ROUNDS
 from worker.structured import Keep
@@ -101,14 +101,15 @@ def choose_in_rounds(run: Pruning, pruner: StructuredPruner, method: Bonsai, tar
     """
     rounds = _open(run, pruner, method, target)
     records = run.state.blocks(WALK)
-    left = [torch.ones(module.units, dtype=torch.bool) for module in rounds.modules]
+    left, known = [torch.ones(module.units, dtype=torch.bool) for module in rounds.modules], bonsai.no_evidence(len(rounds.modules))
     if records:
         stored = load_file(_file(run, len(records) - 1))
-        left = [stored[module.name] for module in rounds.modules]
+        left, known = [stored[module.name] for module in rounds.modules], Evidence(stored["evidence.kept"], stored["evidence.utility"])
     while (goal := _goal(rounds, left)) is not None:
         number = len(records)
-        left, facts = _round(rounds, number, left, goal)
-        save_file({module.name: mask for module, mask in zip(rounds.modules, left, strict=True)}, _file(run, number))
+        left, known, facts = _round(rounds, number, left, known, goal)
+        masks = {module.name: mask for module, mask in zip(rounds.modules, left, strict=True)}
+        save_file(masks | {"evidence.kept": known.kept, "evidence.utility": known.utility}, _file(run, number))
         run.state.finish_block(WALK, [_file(run, number)], facts)
         records = run.state.blocks(WALK)
     shutil.rmtree(_scratch(run), ignore_errors=True)
@@ -207,17 +208,17 @@ def _kept_alike(rounds: Rounds, number: int) -> dict[str, int]:
 # ---------------------------------------------------------------------- a round
 
 
-def _round(rounds: Rounds, number: int, left: list[Tensor], goal: Goal) -> tuple[list[Tensor], dict[str, Any]]:
-    """What is left after one round, and the round's facts."""
+def _round(rounds: Rounds, number: int, left: list[Tensor], known: Evidence, goal: Goal) -> tuple[list[Tensor], Evidence, dict[str, Any]]:
+    """What is left after one round, what is known of the modules then, and the round's facts."""
     method, pace = rounds.method, Pace(rounds, number)
     nothing = {"masks": 0, "spared": [], "tau": None, "removed": 0, "seconds": 0.0}
     if not goal.budget:
-        return left, nothing
+        return left, known, nothing
     priors = _priors(rounds, number, left, pace)
     candidates = _candidates(rounds, priors, goal)
     candidate = torch.cat(candidates)  # (U,), as all that follow
     if not candidate.any():
-        return left, nothing
+        return left, known, nothing
     modules = torch.arange(len(left)).repeat_interleave(torch.tensor([len(prior) for prior in priors]))
     costs = torch.tensor([module.cost for module in rounds.modules])[modules]
     expected = bonsai.expected_worth(priors, [module.cost for module in rounds.modules])
@@ -226,9 +227,13 @@ def _round(rounds: Rounds, number: int, left: list[Tensor], goal: Goal) -> tuple
     def choose(weights: Tensor) -> Tensor:
         return _chosen(rounds, goal, weights, candidates, modules, costs)
 
+    own = Candidates(modules[candidate], torch.cat(priors)[candidate], worth[candidate], relative[candidate])
+
+    def told(perplexities: list[float]) -> Told:
+        return Told(masks[: len(perplexities), candidate], bonsai.utility(torch.tensor(perplexities, dtype=torch.float64), rounds.released))
+
     def weigh(perplexities: list[float]) -> Fit:
-        own = Candidates(modules[candidate], torch.cat(priors)[candidate], worth[candidate], relative[candidate])
-        return _fit(rounds, number, masks[: len(perplexities), candidate], bonsai.utility(torch.tensor(perplexities), rounds.released), own)
+        return _fit(rounds, number, told(perplexities), own, known)
 
     def is_settled(perplexities: list[float]) -> bool:
         half, whole = (choose(weigh(some).weights) for some in (perplexities[: len(perplexities) // 2], perplexities))
@@ -249,21 +254,24 @@ def _round(rounds: Rounds, number: int, left: list[Tensor], goal: Goal) -> tuple
     after = _narrowed(left, ~gone)
     facts = {
         "masks": len(perplexities),
-        "spared": _spared(rounds, number, masks[: len(perplexities), candidate], perplexities, modules[candidate]) if method.masks else [],
+        "spared": _spared(rounds, number, told(perplexities), own) if method.masks else [],
         "tau": fitted.tau if fitted else None,
         "removed": rounds.removed(after) - rounds.removed(left),
         "seconds": pace.seconds,
     }
-    return after, facts
+    if method.masks and not rounds.released:
+        sound = told(perplexities).sound
+        known += bonsai.evidence(sound.masks, sound.utility, own.relative, own.modules, len(left))
+    return after, known, facts
 
 
-def _spared(rounds: Rounds, number: int, masks: Tensor, perplexities: Sequence[float], modules: Tensor) -> list[str]:
-    """The modules that lose nothing in later rounds, as every broken sub-model, and no other, lacks all of their candidates: (M, C) bool, (C,)."""
+def _spared(rounds: Rounds, number: int, told: Told, own: Candidates) -> list[str]:
+    """The modules that lose nothing in later rounds, as every broken sub-model, and no other, lacks all of their candidates."""
     before: list[str] = rounds.run.state.blocks(WALK)[number - 1]["facts"]["spared"] if number else []
     if rounds.released:
         return before
-    essential = bonsai.suspects(masks, bonsai.broken(bonsai.utility(torch.tensor(perplexities))))[1]
-    return before + [rounds.modules[place].name for place in modules.unique().tolist() if essential[modules == place].all()]
+    essential = bonsai.suspects(told.masks, told.broken)[1]
+    return before + [rounds.modules[place].name for place in own.modules.unique().tolist() if essential[own.modules == place].all()]
 
 
 def _chosen(rounds: Rounds, goal: Goal, weights: Tensor, candidates: Sequence[Tensor], modules: Tensor, costs: Tensor) -> Tensor:
@@ -364,26 +372,44 @@ class Candidates:
     relative: Tensor  # see bonsai.relative_worth
 
 
-def _fit(rounds: Rounds, number: int, masks: Tensor, utility: Tensor, own: Candidates) -> Fit:
-    """What each candidate is worth, (M, C) bool, (M,) -> (C,): one model for all modules or one for each, as the recipe says."""
+@dataclass(frozen=True)
+class Told:
+    """What a round's sub-models have told."""
+
+    masks: Tensor  # (M, C) bool
+    utility: Tensor  # (M,) float64
+
+    @functools.cached_property
+    def broken(self) -> Tensor:
+        return bonsai.broken(self.utility)
+
+    @property
+    def sound(self) -> Told:
+        """Of pairs neither of which is broken."""
+        whole = ~self.broken.view(-1, 2).any(dim=1).repeat_interleave(2)
+        return Told(self.masks[whole], self.utility[whole])
+
+
+def _fit(rounds: Rounds, number: int, told: Told, own: Candidates, known: Evidence) -> Fit:
+    """What each candidate is worth, (C,): one model for all modules or one for each, as the recipe says."""
     if rounds.released:
-        return _fit_released(rounds, masks, utility, own, _generator(rounds, number, 2))
-    broken = bonsai.broken(utility)
-    sound = ~broken.view(-1, 2).any(dim=1).repeat_interleave(2)
-    if sound.sum() < 2 * bonsai.LEAST_PAIRS:
+        return _fit_released(rounds, told, own, _generator(rounds, number, 2))
+    sound = told.sound
+    pairs = len(sound.masks) // 2
+    if pairs < 2 or pairs + len(known.utility) < bonsai.LEAST_PAIRS:
         fitted = Fit(own.worth, 0.0)
     elif rounds.method.scope == "global":
-        fitted = bonsai.fit(masks[sound], utility[sound], own.relative, own.modules, _kinds(rounds)[own.modules])
+        fitted = bonsai.fit(sound.masks, sound.utility, own.relative, own.modules, _kinds(rounds)[own.modules], known)
     else:
         one = torch.zeros_like(own.modules)
-        fitted = _by_module(own, lambda which: bonsai.fit(masks[sound][:, which], utility[sound], own.relative[which], one[which], one[which]))
-    return Fit(torch.where(bonsai.suspects(masks, broken)[0], torch.inf, fitted.weights), fitted.tau)
+        fitted = _by_module(own, lambda which: bonsai.fit(sound.masks[:, which], sound.utility, own.relative[which], one[which], one[which]))
+    return Fit(torch.where(bonsai.suspects(told.masks, told.broken)[0], torch.inf, fitted.weights), fitted.tau)
 
 
-def _fit_released(rounds: Rounds, masks: Tensor, utility: Tensor, own: Candidates, generator: torch.Generator) -> Fit:
+def _fit_released(rounds: Rounds, told: Told, own: Candidates, generator: torch.Generator) -> Fit:
     if rounds.method.scope == "global":
-        return bonsai.fit_released(masks, utility, generator)
-    return _by_module(own, lambda which: bonsai.fit_released(masks[:, which], utility, generator, own.prior[which]))
+        return bonsai.fit_released(told.masks, told.utility, generator)
+    return _by_module(own, lambda which: bonsai.fit_released(told.masks[:, which], told.utility, generator, own.prior[which]))
 
 
 def _by_module(own: Candidates, fit: Callable[[Tensor], Fit]) -> Fit:

@@ -75,6 +75,21 @@ def test_what_is_pruned_stays_and_is_pruned_again_only_by_another_recipe(setting
     assert bonsai.find_kept(other, ROW, recipe) is not None
 
 
+def test_draws_are_of_other_calibration_text_and_stay_with_their_row(setting: Setting) -> None:
+    bonsai.draws(setting)
+    assert not bonsai.kept_rows("quality")  # of rows that were not measured there are none
+    bonsai.quality(setting)
+    row = bonsai.kept_rows("quality")[ROW]
+    bonsai.draws(setting)
+    drawn = bonsai.kept_rows("quality")[ROW]
+    assert drawn["draws"][0] == row["perplexity"]
+    assert len(set(drawn["draws"])) == 3
+    assert drawn == row | {"draws": drawn["draws"]}
+    bonsai.quality(setting)
+    assert bonsai.kept_rows("quality")[ROW] == drawn
+    assert ", ".join(f"{value:.2f}" for value in drawn["draws"]) in (results.HERE / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_kept_checkpoint_is_adapted_on_a_copy(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"sequence_length": 32, "steps": 12, "learning_rate": 0.01, "rank": 2}
     monkeypatch.setattr(bonsai, "ADAPTATION", LoRA.model_validate(bonsai.ADAPTATION.model_dump() | small))
@@ -173,7 +188,7 @@ def test_results_are_rendered() -> None:
     half: dict[str, Any] = {"name": "Bonsai, 50%", "rounds": [100.2, 90.0], "masks": [40, 32], "eta_error": -0.081, "perplexity": 300.0, "parameters": 53102592}
     parts: dict[str, Any] = {
         "quality": [
-            half | {"winogrande": 0.52, "items": 400, "adapted": adapted},
+            half | {"winogrande": 0.52, "items": 400, "draws": [300.0, 310.21], "adapted": adapted},
             {"name": "FLAP, 50%", "rounds": [], "masks": [], "perplexity": 850.86, "parameters": 53196182},
             {"name": "dense", "rounds": [], "masks": [], "perplexity": 32.6, "parameters": 106205184, "winogrande": 0.53, "items": 100},
         ],
@@ -182,11 +197,11 @@ def test_results_are_rendered() -> None:
     }
     rendered = results.render({"machine": {"cores": 2, "threads": 2, "torch": "2", "python": "3"}, "bonsai": parts}).splitlines()
     assert [line for line in rendered if line.startswith(("| dense", "| Bonsai", "| FLAP", "| naive"))] == [
-        "| dense | 32.60 | 53.0 ± 5.0 | 106,205,184 |  |  |  |  |",
-        "| Bonsai, 50% | 300.00 | 52.0 ± 2.5 | 53,102,592 | 41.50 | 50.0 ± 2.5 | 30,720 | 210 |",
-        "| FLAP, 50% | 850.86 |  | 53,196,182 |  |  |  |  |",
+        "| dense | 32.60 |  | 53.0 ± 5.0 | 106,205,184 |  |  |  |  |",
+        "| Bonsai, 50% | 300.00 | 300.00, 310.21 | 52.0 ± 2.5 | 53,102,592 | 41.50 | 50.0 ± 2.5 | 30,720 | 210 |",
+        "| FLAP, 50% | 850.86 |  |  | 53,196,182 |  |  |  |  |",
         "| Bonsai, 50% | 40, 32 | 100, 90 | -8% |",
         "| dense | 512 | 1.00 | 20.0 | 1.00 |",
-        "| Bonsai, 50% | 40, 32 | 100, 90 | -8% | 190 | 2.00 | 300.00 |",
-        "| naive | 40, 40 | 200, 180 |  | 380 | 1.00 | 310.00 |",
+        "| Bonsai, 50% | 40, 32 | 100, 90 | -8% | 190 | 2.64 | 1.80 | 300.00 |",
+        "| naive | 40, 40 | 200, 180 |  | 380 | 4.75 | 1.00 | 310.00 |",
     ]

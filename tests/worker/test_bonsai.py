@@ -237,15 +237,20 @@ def test_a_module_that_breaks_the_model_does_not_unsettle_the_others() -> None:
     assert float(kendall_tau(weights[channels].unsqueeze(0), true[channels])) > 0.7
 
 
-def test_weights_are_the_posterior_s_mean_and_what_is_doubted_of_the_module() -> None:
+@pytest.mark.parametrize("earlier_pairs", [0, 3])
+def test_weights_are_the_posterior_s_mean_and_what_is_doubted_of_the_module(earlier_pairs: int) -> None:
     """Against the same normal prior written out with one coefficient for the slope, a kind, a module and a unit."""
     masks, y, prior, modules, _ = problem(6)
     kinds, kind_of = (modules > 1).long(), torch.tensor([0, 0, 1, 1])
+    generator = seeded()
+    earlier = bonsai.Evidence(*(torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((earlier_pairs, 4), (earlier_pairs,))))
     x = (masks[::2].double() - masks[1::2].double()) / 2 * prior
     differences = (y[::2] - y[1::2]) / 2
     spread = differences.square().mean().sqrt()
-    total = x.sum(dim=1, keepdim=True)
-    by_kind, by_module = (x @ torch.nn.functional.one_hot(groups).double() for groups in (kinds, modules))
+    differences = torch.cat((earlier.utility * spread, differences))
+    by_module = torch.cat((earlier.kept, x @ torch.nn.functional.one_hot(modules).double()))
+    by_kind, total = by_module @ torch.nn.functional.one_hot(kind_of).double(), by_module.sum(dim=1, keepdim=True)
+    x = torch.cat((torch.zeros(earlier_pairs, x.shape[1], dtype=torch.float64), x))  # earlier units are others
     of_total, of_module = total.square().mean(), by_module.square().mean(dim=0)
     together = torch.stack((of_module[:2].sum(), of_module[2:].sum()))
     of_kinds, own = (by_kind @ by_kind.T).diagonal().mean(), (x @ x.T).diagonal().mean()
@@ -261,7 +266,39 @@ def test_weights_are_the_posterior_s_mean_and_what_is_doubted_of_the_module() ->
     doubt = torch.stack([covariance[which][:, which].sum().sqrt() for which in of_slopes])
     relative = (slope + of_kind).clamp_min(0)[kinds] + of_module[modules] + of_unit
     expected = spread * prior * (relative.clamp_min(0) + doubt[modules])
-    torch.testing.assert_close(fit(masks, y, prior, modules, kinds).weights, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fit(masks, y, prior, modules, kinds, earlier).weights, expected, rtol=1e-4, atol=1e-6)
+    if not earlier_pairs:
+        assert torch.equal(fit(masks, y, prior, modules, kinds, earlier).weights, fit(masks, y, prior, modules, kinds).weights)
+
+
+def test_a_module_that_earlier_rounds_needed_is_still_worth_more() -> None:
+    masks, _, prior, modules, _ = problem(6)
+    earlier_masks, _, _, _, _ = problem(60)
+    true = prior * torch.tensor([1.0, 1.0, 4.0, 1.0], dtype=torch.float64)[modules]
+    y = 0.1 * masks.double() @ prior + torch.randn(len(masks), generator=seeded(), dtype=torch.float64)
+    found = bonsai.evidence(earlier_masks, earlier_masks.double() @ true, prior, modules, 4)
+
+    def share(weights: Tensor) -> float:
+        """Of the third module's worth, for what the prior expects of it, in that of all."""
+        relative = torch.stack([(weights / prior)[modules == module].mean() for module in range(4)])
+        return float(relative[2] / relative.sum())
+
+    kinds = torch.zeros_like(modules)
+    assert share(fit(masks, y, prior, modules, kinds, found).weights) > share(fit(masks, y, prior, modules, kinds).weights) + 0.1
+
+
+def test_evidence_is_of_whole_modules_in_proportion_to_what_was_at_stake() -> None:
+    masks = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    prior, modules = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 0, 2])
+    found = bonsai.evidence(masks, torch.tensor([-1.0, -3.0, -2.0, -2.0]), prior, modules, 4)
+    assert found.kept.tolist() == [[-0.5, 0.0, 2.5, 0.0], [1.5, 0.0, -2.5, 0.0]]
+    torch.testing.assert_close(found.utility, torch.tensor([2**0.5, 0.0], dtype=torch.float64))
+    assert not bonsai.evidence(masks, torch.full((4,), -2.0), prior, modules, 4).utility.any()
+    many = bonsai.no_evidence(4)
+    for _ in range(bonsai.EARLIER_PAIRS):
+        many += found
+    assert len(many.kept) == len(many.utility) == bonsai.EARLIER_PAIRS
+    assert many.kept[-2:].tolist() == found.kept.tolist()
 
 
 def test_sub_models_below_a_gap_are_broken() -> None:

@@ -140,6 +140,7 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
     whole = sum(parameter.numel() for name, parameter in model.named_parameters() if "embed" not in name and "head" not in name)
     costs = [3 * HIDDEN, 2 * (HEADS // GROUPS + 1) * (HIDDEN // HEADS) * HIDDEN] * LAYERS
     left = left_of([Keep()] * LAYERS)
+    known = bonsai.no_evidence(2 * LAYERS)
     for number in range(3):
         priors = priors_with(model, tokens, left)
         removed = sum(cost * int((~mask).sum()) for cost, mask in zip(costs, left, strict=True))
@@ -176,7 +177,11 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
         worth = torch.cat([cost * each for each, cost in zip(relative, costs, strict=True)]).double()[chosen]
         logs = -torch.tensor(perplexities, dtype=torch.float64).log()
         assert not bonsai.broken(logs).any()
-        weights = bonsai.fit(masks[:, chosen], logs, worth, modules, modules % 2).weights
+        weights = bonsai.fit(masks[:, chosen], logs, worth, modules, modules % 2, known).weights
+        gained, lost = masks[::2, chosen].double() * worth, masks[1::2, chosen].double() * worth
+        stakes = logs[::2] - logs[1::2]
+        of_modules = (gained - lost) / 2 @ torch.nn.functional.one_hot(modules, 2 * LAYERS).double()
+        known += bonsai.Evidence(of_modules, stakes / stakes.square().mean().sqrt())
         kept = torch.ones_like(chosen)
         kept[chosen] = ~bonsai.select(weights, torch.tensor(costs)[modules], modules, [len(prior) - 1 for prior in priors], budget)
         before, left = left, narrowed(left, kept)

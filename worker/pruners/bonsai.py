@@ -13,6 +13,7 @@ candidates; masks remove some of them; a linear model from masks to utilities gi
   what a round may leave for its utility to tell of anything else.
 - Sub-models that are broken, as they lack what the model can't do without, tell of nothing else: the linear model leaves them out, and what only they lack goes last.
 - The linear model shrinks towards the prior as far as the masks are silent, and doubts what they hardly say: masks are far fewer than candidates.
+- What earlier rounds told of whole modules is not forgotten: one that was needed still is.
 - Candidates are ranked by weight per parameter: a KV group holds a hundred times what a channel does.
 - A module keeps its last unit: one has to be stored for the model to load, so nothing would be saved.
 
@@ -41,6 +42,7 @@ from worker.pruners.base import DenseBlock, StructuredPruner, Unit, units_of
 FOLDS = 5
 MOST_PERPLEXITY = 1e8  # a broken sub-model's
 LEAST_PAIRS = 8  # tell something of kinds and modules; with fewer, the prior ranks
+EARLIER_PAIRS = 200  # of earlier rounds count at most, the latest ones; the time of a fit grows with their cube
 BROKEN = 4.0  # standard deviations, see `broken`
 SLOPE_SPREAD = 100.0  # variance of the common slope before anything is known, in variances of the utilities: any slope is possible
 EVIDENCE_STEPS = 400
@@ -62,6 +64,21 @@ class Fit:
 
     weights: Tensor  # (C,): what the utility gains by each candidate
     tau: float  # Kendall's, between utilities and their predictions from other masks; of the released fit, the mean of each fold's best epoch
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What pairs of masks tell of whole modules, of as many as were numbered."""
+
+    kept: Tensor  # (P, modules) float64: half of what the first of a pair keeps more of each module's expected worth than the second
+    utility: Tensor  # (P,) float64: half of what it is more useful, over the root mean square of its round
+
+    def __add__(self, later: Evidence) -> Evidence:
+        return Evidence(torch.cat((self.kept, later.kept))[-EARLIER_PAIRS:], torch.cat((self.utility, later.utility))[-EARLIER_PAIRS:])
+
+
+def no_evidence(modules: int) -> Evidence:
+    return Evidence(torch.zeros(0, modules, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
 
 
 # --------------------------------------------------------------------- priors
@@ -217,7 +234,13 @@ def suspects(masks: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
     return only, only & lacking[broken].all(dim=0)
 
 
-def fit(masks: Tensor, utility: Tensor, prior: Tensor, modules: Tensor, kinds: Tensor) -> Fit:
+def evidence(masks: Tensor, utility: Tensor, prior: Tensor, modules: Tensor, numbered: int) -> Evidence:
+    """What a round tells the later ones: (M, C) bool, (M,), (C,), (C,) long, complements adjacent as for `fit`; of so many modules."""
+    x, y = _halved_differences(masks.double()) * prior.double(), _halved_differences(utility.double())
+    return Evidence(_sums(x, modules, numbered), y / y.square().mean().sqrt().clamp_min(torch.finfo(y.dtype).tiny))
+
+
+def fit(masks: Tensor, utility: Tensor, prior: Tensor, modules: Tensor, kinds: Tensor, earlier: Evidence | None = None) -> Fit:
     """Linear regression of utilities on masks that shrinks towards the prior: (M, C) bool, (M,), (C,), (C,) long, (C,) long -> what each candidate is worth.
 
     weight = prior · (a + d_kind + d_module + d_own + s_module): a slope, not penalised but, with that of its kind, never negative; then deviations of kinds, of whole
@@ -227,7 +250,8 @@ def fit(masks: Tensor, utility: Tensor, prior: Tensor, modules: Tensor, kinds: T
     variance of its own besides. No weight is negative: to lose a unit hardly ever helps, and where it seems to, that is mostly noise.
 
     Only differences within pairs count: as one mask is the other's complement, all that is linear in the masks is in them, and what two removals do only
-    together, which is no candidate's own worth, cancels.
+    together, which is no candidate's own worth, cancels. Pairs of earlier rounds tell of kinds and modules as much as this round's do, in proportion to what
+    was at stake in their round: which modules a model needs changes little from round to round, and 20 pairs know little of 60 modules.
 
     masks: only the candidates' columns, complements adjacent. prior: what a unit is expected to be worth, not negative and comparable across modules; one of
     0 stays at 0. modules, kinds: the numbers of each candidate's module and kind; with one module this is the local fit. Without evidence the prior alone ranks.
@@ -242,9 +266,9 @@ def fit(masks: Tensor, utility: Tensor, prior: Tensor, modules: Tensor, kinds: T
     fold = torch.arange(pairs, device=masks.device) % min(FOLDS, pairs)
     predicted = torch.empty_like(y)
     for number in range(min(FOLDS, pairs)):
-        predicted[fold == number] = x[fold == number] @ _likeliest(x[fold != number], y[fold != number], scale, modules, kinds)
+        predicted[fold == number] = x[fold == number] @ _likeliest(x[fold != number], y[fold != number], scale, modules, kinds, earlier)
     tau = kendall_tau(torch.cat((predicted, -predicted)), torch.cat((y, -y)))
-    return Fit(_likeliest(x, y, scale, modules, kinds), float(tau.nan_to_num(0)))
+    return Fit(_likeliest(x, y, scale, modules, kinds, earlier), float(tau.nan_to_num(0)))
 
 
 def _halved_differences(values: Tensor) -> Tensor:
@@ -252,7 +276,12 @@ def _halved_differences(values: Tensor) -> Tensor:
     return (values[::2] - values[1::2]) / 2
 
 
-def _likeliest(x: Tensor, y: Tensor, prior: Tensor, modules: Tensor, kinds: Tensor) -> Tensor:
+def _sums(x: Tensor, groups: Tensor, count: int) -> Tensor:
+    """(P, C) and the numbers (C,) of groups of columns -> sums over each group, (P, count)."""
+    return x.new_zeros(len(x), count).index_add_(1, groups, x)
+
+
+def _likeliest(x: Tensor, y: Tensor, prior: Tensor, modules: Tensor, kinds: Tensor, earlier: Evidence | None) -> Tensor:
     """Differences (P, C) and (P,), then (C,), (C,), (C,) -> each candidate's weight, (C,)."""
     tiny = torch.finfo(x.dtype).tiny
     x = x * prior
@@ -261,14 +290,16 @@ def _likeliest(x: Tensor, y: Tensor, prior: Tensor, modules: Tensor, kinds: Tens
         return prior
     y = y / spread
 
-    def sums(groups: Tensor) -> Tensor:
-        """The differences' sums over groups of candidates, (P, groups)."""
-        return x.new_zeros(len(x), int(groups.max()) + 1).index_add_(1, groups, x)
-
-    by_kind, by_module = sums(kinds), sums(modules)
+    by_module = _sums(x, modules, int(modules.max()) + 1)
     kind_of = torch.zeros(by_module.shape[1], dtype=torch.long, device=x.device).index_copy_(0, modules, kinds)
+    if earlier is not None:
+        numbers = modules.unique()  # of the others there is nothing to tell
+        before = torch.zeros(len(earlier.kept), by_module.shape[1]).to(x).index_copy_(1, numbers, earlier.kept[:, numbers])
+        by_module, y = torch.cat((before, by_module)), torch.cat((earlier.utility, y))
+        x = torch.cat((x.new_zeros(len(before), x.shape[1]), x))  # of single units they tell nothing
+    by_kind = _sums(by_module, kind_of, int(kinds.max()) + 1)
     # What each component is divided by gives it a mean square of 1, so that its variance is its share in that of y.
-    total = x.sum(dim=1)  # (P,)
+    total = by_module.sum(dim=1)  # (P,)
     wide = SLOPE_SPREAD / total.square().mean().clamp_min(tiny)
     of_kinds = by_kind.square().sum(dim=1).mean().clamp_min(tiny)
     alone = by_module.square().mean(dim=0).clamp_min(tiny)  # (modules,)

@@ -295,7 +295,12 @@ class LeastSquares(Strict):
     """
 
     name: Literal["least_squares"] = "least_squares"
-    ridge: float = Field(3.0, gt=0, le=1000, description="Strength of the penalty on changes, relative to the noise of an estimate from so many tokens.")
+    ridge: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="Strength of the penalty on changes, relative to the noise of an estimate from so many tokens; chosen for each linear by cross-validation if left out.",
+    )
     drift: float = Field(
         0.5,
         ge=0,

@@ -42,6 +42,7 @@ from worker.walk import Pruned, Pruning
 REPOSITORY = HERE.parent
 PER_LAYER: dict[str, Any] = {"output": {"layout": "per_layer"}}
 RESTORED: dict[str, Any] = {"restoration": "least_squares"}
+OF_RIDGE_3: dict[str, Any] = {"restoration": {"name": "least_squares", "ridge": 3.0}}  # the default until it was chosen for each linear
 SWAPPED: dict[str, Any] = {"restoration": {"name": "swaps", "rounds": 10}}
 OWL: dict[str, Any] = {"allocation": "owl"}
 LAYOUTS: dict[str, dict[str, Any]] = {"per layer": PER_LAYER, "uniform": {}}
@@ -89,22 +90,26 @@ CONTENDERS = [
     *(Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares", "cfsp", 0.2, more | RESTORED, None, 3) for layout, more in LAYOUTS.items()),
     *(Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, 32 × 512 tokens", "cfsp", 0.2, more, None, 3, 32) for layout, more in LAYOUTS.items()),
     *(
-        Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares, {samples} × 512 tokens", "cfsp", 0.2, more | RESTORED, None, 3, samples)
+        Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares, 32 × 512 tokens", "cfsp", 0.2, more | RESTORED, None, 3, 32)
+        for layout, more in LAYOUTS.items()
+    ),
+    *(
+        Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares of ridge 3, {samples} × 512 tokens", "cfsp", 0.2, more | OF_RIDGE_3, None, 3, samples)
         for samples in (32, 64)
         for layout, more in LAYOUTS.items()
     ),
-    Contender(
-        RESTORATION,
-        "CFSP on pruned inputs, per layer, FFN 20%, least squares, 32 × 512 tokens",
-        {"name": "cfsp", "inputs": "pruned"},
-        0.2,
-        PER_LAYER | RESTORED,
-        None,
-        3,
-        32,
-    ),
-    Contender(
-        RESTORATION, "CFSP on pruned inputs, uniform, FFN 20%, least squares, 32 × 512 tokens", {"name": "cfsp", "inputs": "pruned"}, 0.2, RESTORED, None, 3, 32
+    *(
+        Contender(
+            RESTORATION,
+            f"CFSP on pruned inputs, {layout}, FFN 20%, least squares of ridge 3, 32 × 512 tokens",
+            {"name": "cfsp", "inputs": "pruned"},
+            0.2,
+            more | OF_RIDGE_3,
+            None,
+            3,
+            32,
+        )
+        for layout, more in LAYOUTS.items()
     ),
     Contender(RESTORATION, "Wanda 50%, swaps", "wanda", 0.5, SWAPPED, None, 3),
     Contender(RESTORATION, "Magnitude 50%, swaps", "magnitude", 0.5, SWAPPED),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from app.footprint import PASSING_BYTES
 from worker.blocks import BlockStream, batches
 
-Statistic = Literal["norm", "variance", "fluctuation", "gram"]
+Statistic = Literal["norm", "variance", "fluctuation", "gram", "halves"]
 Distance = Callable[[Tensor, Tensor], Tensor]  # (…, D), (…, D) -> (…): how far a block moves a token
 
 
@@ -86,7 +86,8 @@ class InputStatistics:
         self._wanted = wanted
         self._squares, self._sums, self._deviations = torch.zeros(3, width, dtype=torch.float64, device=device).unbind()
         self._pivot = torch.zeros(width, device=device)
-        self._gram = torch.zeros(width, width, device=device) if "gram" in wanted else None
+        self._grams = torch.zeros(2 if "halves" in wanted else int("gram" in wanted), width, width, device=device)
+        self._tokens_of_grams = [0] * len(self._grams)
         self._sequences = 0
         self._mean_as_released, self._fluctuation = torch.zeros(2, width, device=device).unbind()
 
@@ -102,8 +103,9 @@ class InputStatistics:
                 self._pivot = rows.mean(dim=0)  # deviations from it are summed without cancellation
             self._sums += rows.sum(dim=0)
             self._deviations += (rows - self._pivot).square().sum(dim=0)
-        if self._gram is not None:
-            self._gram.addmm_(rows.T, rows)
+        for number, part in enumerate(rows.tensor_split(len(self._grams)) if len(self._grams) else ()):
+            self._grams[number].addmm_(part.T, part)
+            self._tokens_of_grams[number] += len(part)
         if "fluctuation" in self._wanted:
             for sequence in batch if batch.dim() == 3 else batch[None]:
                 self._fluctuate(sequence)
@@ -144,9 +146,15 @@ class InputStatistics:
 
     @property
     def gram(self) -> Tensor:
-        """Mean of x xᵀ, (C, C)."""
-        assert self._gram is not None
-        return self._gram / self.tokens if self.tokens else torch.eye(len(self._gram), device=self._gram.device)
+        """Mean of x xᵀ, (C, C); measured with `gram` or `halves`."""
+        assert len(self._grams)
+        return self._grams.sum(dim=0).div_(self.tokens) if self.tokens else torch.eye(len(self._pivot), device=self._pivot.device)
+
+    @property
+    def halves(self) -> tuple[Tensor, list[int]]:
+        """Sums of x xᵀ over two halves of the tokens, of each batch the first and the last, (2, C, C), and how many tokens each has; measured with `halves`."""
+        assert len(self._grams) == 2
+        return self._grams, self._tokens_of_grams
 
 
 class _NothingMoreToMeasure(Exception):  # noqa: N818  it is no error

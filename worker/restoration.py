@@ -8,10 +8,14 @@ Notation: I inputs of a linear (FFN channels, or the outputs of the attention he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-RIDGE = 3.0
+RIDGES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # among which the best is looked for
+RIDGE = 3.0  # where there is too little text to look
+SKETCH = 64  # sums of outputs on which it is looked for, where there are more outputs
 MOST_RIDGE = 1e6  # of the mean diagonal; a matrix that needs more is no Gram matrix
 
 
@@ -30,9 +34,7 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, tokens: int, ridge: float 
     """
     kept, removed = keep.nonzero().squeeze(1), (~keep).nonzero().squeeze(1)
     of_kept = weight.index_select(1, kept)
-    mean = gram.diagonal().mean()
-    if not mean.isfinite():
-        raise ValueError("the Gram matrix of a linear's inputs is not finite")
+    mean = _mean_square(gram)
     if mean == 0 or not len(kept) or not len(removed):
         return of_kept
     rows = gram.index_select(0, kept)  # (K, I)
@@ -42,6 +44,40 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, tokens: int, ridge: float 
     share = ridge * len(kept) / max(tokens, 1)
     factor = _cholesky(rows.index_select(1, kept), share, mean)
     return of_kept + torch.cholesky_solve(lost, factor).T
+
+
+def best_ridge(weight: Tensor, halves: Tensor, tokens: Sequence[int], keep: Tensor) -> float:
+    """The ridge with which `refit` errs least on text that it has not seen: (D, I), (2, I, I) sums of x xᵀ over two halves of the text, tokens of each, (I,) bool.
+
+    A fit on each half is judged by the other. How much the kept inputs can explain differs between linears, and neighbouring tokens tell less than so many
+    independent ones would, so that neither a fixed ridge nor a formula that counts tokens is as good. Outputs are summed at random, since what differs
+    between ridges shows in some sums as well as in all outputs.
+    """
+    kept, removed = keep.nonzero().squeeze(1), (~keep).nonzero().squeeze(1)
+    means = [_mean_square(half) for half in halves]
+    if not all(tokens) or not all(means) or not len(kept) or not len(removed):
+        return RIDGE
+    outputs = weight.index_select(1, removed)  # (D, P)
+    if len(outputs) > SKETCH:
+        signs = torch.randint(0, 2, (SKETCH, len(outputs)), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        outputs = signs.to(outputs) @ outputs  # (S, P)
+    errors = [0.0] * len(RIDGES)
+    inputs = [half.index_select(0, kept).index_select(1, kept) for half in halves]  # (K, K) each
+    lost = [half.index_select(0, kept).index_select(1, removed) @ outputs.T for half in halves]  # (K, S)
+    for fit, other in ((0, 1), (1, 0)):
+        for number, ridge in enumerate(RIDGES):
+            factor = _cholesky(inputs[fit].clone(), ridge * len(kept) / tokens[fit], means[fit])
+            change = torch.cholesky_solve(lost[fit], factor)  # (K, S)
+            errors[number] += float((change * (inputs[other] @ change - 2 * lost[other])).sum())  # but for what is the same with all ridges
+    return RIDGES[errors.index(min(errors))]
+
+
+def _mean_square(gram: Tensor) -> Tensor:
+    """The mean of a Gram matrix's diagonal, ()."""
+    mean = gram.diagonal().mean()
+    if not mean.isfinite():
+        raise ValueError("the Gram matrix of a linear's inputs is not finite")
+    return mean
 
 
 def _cholesky(matrix: Tensor, share: float, mean: Tensor) -> Tensor:

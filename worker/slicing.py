@@ -18,7 +18,7 @@ from worker.checkpoint import written_type
 from worker.choosing import Choice, keep_best
 from worker.pruners.base import StructuredPruner, Weights
 from worker.pruners.flap import compensation
-from worker.restoration import refit
+from worker.restoration import best_ridge, refit
 from worker.structured import Keep, kept_columns, slice_block
 from worker.survey import Surveyed, dense_block, scored_inputs
 from worker.walk import Pruning, facts, hidden_states, next_inputs, read_block, stored, write_block, write_outer
@@ -75,7 +75,9 @@ def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveye
     """
     stream, architecture, method = run.stream, run.stream.architecture, run.recipe.method
     restoration = run.recipe.restoration
-    wanted: frozenset[Statistic] = frozenset({"gram", "variance"}) if restoration else frozenset()
+    wanted: frozenset[Statistic] = frozenset()
+    if isinstance(restoration, LeastSquares):
+        wanted = frozenset({"variance", "gram" if restoration.ridge else "halves"})
     hidden, arguments = hidden_states(run, WALK)
     dense = _dense_beside(run, hidden)
     for index in range(len(run.state.blocks(WALK)), len(stream)):
@@ -149,10 +151,12 @@ def _fit(
 ) -> Weights:
     """New weights (C_out, kept) for linears whose inputs lost some."""
     more = {} if drift is None else {drift.down: config.drift * drift.mean}
-    return {
-        linear: refit(run.stream.weight(tensors, index, linear), inputs[linear].gram, kept, inputs[linear].tokens, config.ridge, more.get(linear))
-        for linear, kept in removed.items()
-    }
+    fitted: Weights = {}
+    for linear, kept in removed.items():
+        weight, measured = run.stream.weight(tensors, index, linear), inputs[linear]
+        ridge = config.ridge or best_ridge(weight, *measured.halves, kept)
+        fitted[linear] = refit(weight, measured.gram, kept, measured.tokens, ridge, more.get(linear))
+    return fitted
 
 
 def _removed_inputs(run: Pruning, index: int, keep: Keep) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from app.audit import ENTRIES
 from app.database import Base, Json, UtcDateTime, db_now
 from app.logging import id_of_request
 from app.models import FINISHED, RETRIED, Artifact, Job, JobEvent, OutboxMessage, SinkRun, Tenant, Worker
-from app.recipe import Limits, Recipe
+from app.recipe import LeastSquares, Limits, Recipe
 from app.sinks import repository as sinks
 from app.webhooks.deliveries import announce
 
@@ -374,6 +374,9 @@ def find_artifact(session: Session, tenant_id: str, job_id: str, path: str) -> A
 
 
 def _stored(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as workers of this release and of the one before read it: that one knows only two limits, and no others are told that aren't used."""
-    unused = {name for name, field in Limits.model_fields.items() if getattr(recipe.limits, name) == field.default} - {"max_attempts", "max_runtime"}
-    return recipe.model_dump(mode="json", include=set(Recipe.model_fields), exclude={"limits": unused})
+    """The recipe as workers of this release and of the one before read it: that one knows only two limits, and a ridge that is a number; what isn't used is left out."""
+    limits = {name for name, field in Limits.model_fields.items() if getattr(recipe.limits, name) == field.default} - {"max_attempts", "max_runtime"}
+    unused = {"limits": limits}
+    if isinstance(recipe.restoration, LeastSquares) and recipe.restoration.ridge is None:
+        unused["restoration"] = {"ridge"}
+    return recipe.model_dump(mode="json", include=set(Recipe.model_fields), exclude=unused)

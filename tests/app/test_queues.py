@@ -15,7 +15,7 @@ from app.jobs import repository as job_rows
 from app.jobs.lease import claim_next
 from app.models import Job, Tenant, Worker
 from app.queues import repository
-from app.recipe import Recipe
+from app.recipe import LeastSquares, Recipe
 from app.settings import Settings
 from tests.app.conftest import RECIPE, Api
 from tests.models import make_checkpoint
@@ -213,6 +213,9 @@ def test_what_is_stored_a_worker_of_the_release_before_reads(api: Api) -> None:
     assert stored.keys() == fields
     with api.database.reading() as session:
         assert session.get_one(Job, api.submit(queue="default", priority=3)).recipe.keys() == fields
+    restored = job_rows._stored(Recipe.model_validate(RECIPE | {"method": "cfsp", "sparsity": 0.2, "restoration": "least_squares"}))
+    assert restored["restoration"] == {"name": "least_squares", "drift": 0.5}  # its ridge was a number, now it may be left out
+    assert Recipe.model_validate(restored).restoration == LeastSquares()
 
 
 def test_no_class_is_named_auto() -> None:

@@ -142,6 +142,15 @@ def test_statistics_are_those_of_all_tokens_together() -> None:
     torch.testing.assert_close(statistics.gram, (rows.T @ rows / 30).float())
 
 
+def test_halves_are_of_the_first_and_the_last_tokens_of_each_batch() -> None:
+    halves = [torch.cat([batch.flatten(0, 1).tensor_split(2)[number] for batch in BATCHES]).double() for number in range(2)]
+    statistics = measured(BATCHES, "halves")
+    sums, tokens = statistics.halves
+    assert tokens == [len(half) for half in halves]
+    torch.testing.assert_close(sums, torch.stack([half.T @ half for half in halves]).float())
+    torch.testing.assert_close(statistics.gram, measured(BATCHES, "gram").gram)
+
+
 def test_a_linear_that_no_token_reached_is_judged_by_its_weights() -> None:
     statistics = measured([torch.empty(0, 4)], "norm", "variance", "gram", "fluctuation")
     assert statistics.norm.tolist() == statistics.variance.tolist() == statistics.fluctuation.tolist() == [1.0] * 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.restoration import refit
+from worker.restoration import RIDGE, RIDGES, SKETCH, best_ridge, refit
 
 
 def correlated(tokens: int, inputs: int, seed: int = 0) -> Tensor:
@@ -52,6 +52,56 @@ def test_what_should_come_out_besides_is_fitted_too() -> None:
     penalty = 0.5 * 7 / 200 * float(x.double().square().mean())
     restored = refit(weight, gram_of(x), KEEP, 200, 0.5, more)
     torch.testing.assert_close(restored.double(), least_squares(weight, x, KEEP, penalty, besides), rtol=1e-3, atol=1e-3)
+
+
+def halves_of(x: Tensor) -> tuple[Tensor, list[int]]:
+    parts = x.double().tensor_split(2)
+    return torch.stack([part.T @ part for part in parts]).float(), [len(part) for part in parts]
+
+
+def error_unseen(weight: Tensor, x: Tensor, keep: Tensor, ridge: float) -> float:
+    """The squared error of a fit on each half on the tokens of the other."""
+    error = 0.0
+    first, last = x.tensor_split(2)
+    for seen, unseen in ((first, last), (last, first)):
+        penalty = ridge * int(keep.sum()) / len(seen) * float(seen.double().square().mean())
+        error += float((unseen.double() @ weight.double().T - unseen[:, keep].double() @ least_squares(weight, seen, keep, penalty).T).square().sum())
+    return error
+
+
+def partly_common(tokens: int, common: float) -> Tensor:
+    """(tokens, 40) activations, of which this share of the size is a mixture of four causes."""
+    generator = torch.Generator().manual_seed(5)
+    causes = torch.randn(tokens, 4, generator=generator) @ torch.randn(4, 40, generator=generator)
+    return common * causes + (1 - common) * torch.randn(tokens, 40, generator=generator)
+
+
+def test_the_best_ridge_is_the_one_that_errs_least_on_the_other_half() -> None:
+    keep = torch.arange(40) % 4 != 0
+    found = []
+    for common in (0.05, 0.2, 0.5, 0.8):
+        x, weight = partly_common(100, common), weight_of(8, 40)
+        errors = [error_unseen(weight, x, keep, ridge) for ridge in RIDGES]
+        found.append(best_ridge(weight, *halves_of(x), keep))
+        assert found[-1] == RIDGES[errors.index(min(errors))]
+    assert found == sorted(found, reverse=True)  # the less the kept inputs know of the removed ones, the more is noise
+    assert len(set(found)) > 2
+
+
+def test_random_sums_of_many_outputs_find_a_ridge_that_is_hardly_worse_than_the_best() -> None:
+    x, weight, keep = partly_common(100, 0.4), weight_of(4 * SKETCH, 40), torch.arange(40) % 4 != 0
+    errors = {ridge: error_unseen(weight, x, keep, ridge) for ridge in RIDGES}
+    found = errors[best_ridge(weight, *halves_of(x), keep)]
+    assert found <= 1.01 * min(errors.values()) < 0.9 * max(errors.values())
+
+
+def test_without_text_in_both_halves_the_ridge_is_a_fixed_one() -> None:
+    x, weight = correlated(1, 10), weight_of(6, 10)
+    assert best_ridge(weight, *halves_of(x), KEEP) == RIDGE
+    assert best_ridge(weight, *halves_of(correlated(50, 10)), torch.ones(10, dtype=torch.bool)) == RIDGE
+    assert best_ridge(weight, *halves_of(torch.zeros(50, 10)), KEEP) == RIDGE
+    with pytest.raises(ValueError, match="not finite"):
+        best_ridge(weight, torch.full((2, 10, 10), torch.nan), [50, 50], KEEP)
 
 
 def test_whole_groups_of_inputs_can_go() -> None:

@@ -27,7 +27,7 @@ LONGEST_PAUSE = 30.0  # seconds between two tries of a step that fails
 GATHER_SECONDS = 0.05  # in which news gather after a step that succeeded: many submissions a second share one transaction
 
 log = structlog.get_logger(__name__)
-_alarms: set[threading.Event] = set()  # of the dispatchers that run in this process: one each, since whoever wakes up clears his own
+_alarms: set[threading.Event] = set()  # of the dispatchers that run in this process: one each, since a thread that wakes up clears what woke it
 
 
 def wake() -> None:

@@ -283,9 +283,9 @@ def _slicing_in_turn(recipe: Recipe, sizes: Sizes, cast: int, activations: int, 
     widest = {"ffn": of_ffn, "attention": of_attention, "both": max(of_ffn, of_attention)}[method.units]
     grams, weights = F32 * widest**2, F32 * widest * sizes.hidden
     drift = 2 * weights if recipe.restoration.drift else 0
-    halves = 1 if recipe.restoration.ridge else 2
-    running = cast * sizes.block + activations + (1 + halves) * grams + kept * weights
-    fitting = grams * (1 + halves + kept + 2 * kept**2) + weights * (1 + 2 * kept)
+    measured = 1 if recipe.restoration.ridge else 2  # halves of the text, to choose the ridge by
+    running = cast * sizes.block + activations + (1 + measured) * grams + kept * weights
+    fitting = grams * (1 + measured + kept + 2 * kept**2) + weights * (1 + 2 * kept)
     return round(sliced + drift + max(running, fitting))
 
 

@@ -8,6 +8,7 @@ Notation: I inputs of a linear (FFN channels, or the outputs of the attention he
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -51,7 +52,7 @@ def best_ridge(weight: Tensor, halves: Tensor, tokens: Sequence[int], keep: Tens
 
     A fit on each half is judged by the other. How much the kept inputs can explain differs between linears, and neighbouring tokens tell less than so many
     independent ones would, so that neither a fixed ridge nor a formula that counts tokens is as good. Outputs are summed at random, since what differs
-    between ridges shows in some sums as well as in all outputs.
+    between ridges shows in some sums as well as in all outputs. The search starts in the middle of `RIDGES` and goes on to the better neighbour while there is one.
     """
     kept, removed = keep.nonzero().squeeze(1), (~keep).nonzero().squeeze(1)
     means = [_mean_square(half) for half in halves]
@@ -61,15 +62,23 @@ def best_ridge(weight: Tensor, halves: Tensor, tokens: Sequence[int], keep: Tens
     if len(outputs) > SKETCH:
         signs = torch.randint(0, 2, (SKETCH, len(outputs)), generator=torch.Generator().manual_seed(0)) * 2 - 1
         outputs = signs.to(outputs) @ outputs  # (S, P)
-    errors = [0.0] * len(RIDGES)
     inputs = [half.index_select(0, kept).index_select(1, kept) for half in halves]  # (K, K) each
     lost = [half.index_select(0, kept).index_select(1, removed) @ outputs.T for half in halves]  # (K, S)
-    for fit, other in ((0, 1), (1, 0)):
-        for number, ridge in enumerate(RIDGES):
-            factor = _cholesky(inputs[fit].clone(), ridge * len(kept) / tokens[fit], means[fit])
+
+    @functools.cache
+    def error(place: int) -> float:
+        """But for what is the same with all ridges."""
+        total = 0.0
+        for fit, other in ((0, 1), (1, 0)):
+            factor = _cholesky(inputs[fit].clone(), RIDGES[place] * len(kept) / tokens[fit], means[fit])
             change = torch.cholesky_solve(lost[fit], factor)  # (K, S)
-            errors[number] += float((change * (inputs[other] @ change - 2 * lost[other])).sum())  # but for what is the same with all ridges
-    return RIDGES[errors.index(min(errors))]
+            total += float((change * (inputs[other] @ change - 2 * lost[other])).sum())
+        return total
+
+    found = len(RIDGES) // 2
+    while (better := min(range(max(found - 1, 0), min(found + 2, len(RIDGES))), key=error)) != found:
+        found = better
+    return RIDGES[found]
 
 
 def _mean_square(gram: Tensor) -> Tensor:

@@ -6,24 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from sqlalchemy import func, select, update
-from sqlalchemy.exc import DataError
 
-from app.database import Database
-from app.exceptions import QuotaError
-from app.jobs import repository, service
+from app.jobs import repository
 from app.jobs.lease import LeaseLost, beat, finish
-from app.jobs.schemas import Submission
-from app.models import Artifact, AuditEntry, Job, JobEvent, OutboxMessage, Tenant
+from app.models import Artifact, Job, JobEvent, OutboxMessage, Tenant
 from app.recipe import Recipe
 from app.report import Report
 from tests import jobs
 from tests.app.conftest import RECIPE, Api, insert_jobs
-
-MOST_OF_A_KEY = 64  # characters of a key's id that the audit log takes
 
 
 def test_three_fields_suffice(api: Api) -> None:
@@ -65,63 +58,6 @@ def test_a_recipe_comes_back_with_its_defaults(api: Api, changes: dict[str, Any]
     job = api.get(f"/v1/jobs/{api.submit(**changes)}").json()
     assert Recipe.model_validate(job["recipe"]) == Recipe.model_validate(RECIPE | changes)
     assert job["max_attempts"] == job["recipe"]["limits"]["max_attempts"]
-
-
-@pytest.fixture
-def tenant_of_none(shared_api: Api) -> str:
-    """The id of a tenant without jobs."""
-    tenant = f"tenant_{uuid4().hex}"
-    with shared_api.database.writing() as session:
-        session.add(Tenant(id=tenant, name=tenant))
-    return tenant
-
-
-def rows_of(database: Database, tenant: str) -> list[int | None]:
-    """How many jobs, events, messages and entries of the audit log a tenant has."""
-    with database.reading() as session:
-        return [session.scalar(select(func.count()).where(table.tenant_id == tenant)) for table in (Job, JobEvent, OutboxMessage, AuditEntry)]
-
-
-def test_all_of_a_job_is_one_transaction(shared_api: Api, tenant_of_none: str) -> None:
-    database, submission = shared_api.database, Submission.model_validate(RECIPE)
-
-    def submit_and_fail() -> None:
-        with database.writing() as session:
-            service.submit(session, tenant_of_none, "key_1", submission, None, shared_api.settings)
-            raise RuntimeError("the process is killed before the commit")
-
-    with pytest.raises(RuntimeError):
-        submit_and_fail()
-    assert rows_of(database, tenant_of_none) == [0, 0, 0, 0]
-    with database.writing() as session:
-        service.submit(session, tenant_of_none, "key_1", submission, None, shared_api.settings)
-    assert rows_of(database, tenant_of_none) == [1, 1, 1, 1]
-
-
-def test_what_is_written_at_once_is_whole_or_not_there(shared_api: Api, tenant_of_none: str) -> None:
-    """On Postgres there is no transaction around it: what fails is its last part, the entry of the audit log."""
-    database, submission = shared_api.database, Submission.model_validate(RECIPE)
-    assert service.is_written_at_once(submission)
-
-    def submit_by(key_id: str) -> None:
-        with database.writing_at_once() as session:
-            service.submit(session, tenant_of_none, key_id, submission, None, shared_api.settings)
-            if len(key_id) > MOST_OF_A_KEY:
-                raise RuntimeError("SQLite does not mind the length")
-
-    with pytest.raises((RuntimeError, DataError)):
-        submit_by("k" * (MOST_OF_A_KEY + 1))
-    assert rows_of(database, tenant_of_none) == [0, 0, 0, 0]
-    submit_by("k" * MOST_OF_A_KEY)
-    assert rows_of(database, tenant_of_none) == [1, 1, 1, 1]
-
-    def submit_one_too_many() -> None:
-        with database.writing_at_once() as session:
-            service.submit(session, tenant_of_none, "key_1", submission, None, shared_api.settings.model_copy(update={"max_queued": 1}))
-
-    with pytest.raises(QuotaError, match="1 jobs wait, and this tenant may have 1 waiting"):
-        submit_one_too_many()
-    assert rows_of(database, tenant_of_none) == [1, 1, 1, 1]
 
 
 def test_etag_follows_every_change(api: Api) -> None:

@@ -81,7 +81,8 @@ class Sizes:
     output: int  # weights of the attention's output
     layers: int
     hidden: int
-    width: int  # of the FFN's channels
+    width: int  # of the FFN's channels, or of each expert's
+    routed: int  # experts that a token passes; 1 where there are none
     heads: int
     vocab: int
     embedding: int
@@ -92,6 +93,7 @@ class Sizes:
     is_f32: bool
     softcapped: bool
     tied: bool
+    fused: bool  # whether transformers holds experts in other matrices than are stored
     tensors: int  # in the files
     weight_bytes: int  # of the files
     tokenizer_bytes: int
@@ -131,6 +133,7 @@ def sizes_of(source: Source) -> Sizes:
         layers=size.layers,
         hidden=size.hidden,
         width=max(architecture.ffn_width(config, layer) for layer in range(size.layers)),
+        routed=max(1, architecture.experts_per_token(config)),
         heads=size.heads,
         vocab=size.vocab,
         embedding=size.embedding,
@@ -141,6 +144,7 @@ def sizes_of(source: Source) -> Sizes:
         is_f32=output.dtype == "F32",
         softcapped=bool(config.get("attn_logit_softcapping")),
         tied=architecture.tied(config),
+        fused=architecture.experts is not None,
         tensors=len(source.tensors),
         weight_bytes=source.weight_bytes,
         tokenizer_bytes=sum((source.folder / name).stat().st_size for name in TOKENIZER_FILES if (source.folder / name).is_file()),
@@ -295,31 +299,34 @@ def _slicing_in_turn(recipe: Recipe, sizes: Sizes, cast: int, activations: int, 
 def _training(recipe: Recipe, config: Training, sizes: Sizes, *, on_device: bool) -> int:
     """A model in float32, and the largest of a step, what the optimizer takes besides, and a merge, at which the heap still holds what small tensors left.
 
-    On the host, weights that are stored in float32 are used as they lie in the file until they are written to. Tensors are trained whole, masks or not.
+    On the host, weights that are stored in float32 are used as they lie in the file until they are written to, but for fused experts. Tensors are trained whole, masks or not.
     """
     parameters = _parameters_written(recipe, sizes)
     trained = trained_parameters(config, parameters, sizes)
-    mapped = not on_device and _item_written(recipe, sizes) == F32
+    mapped = not on_device and _item_written(recipe, sizes) == F32 and not sizes.fused
     held = training_bytes(0 if mapped else parameters, trained) + (F32 * trained if mapped or not isinstance(config, Full) else 0)
     held += sizes.layers * sizes.linears if not recipe.facts.structured else 0  # masks
     held += 2 * trained if on_device else 0  # autocast's copies
     tokens = config.micro_batch * config.sequence_length
     logits, states = F32 * 4 * tokens * sizes.vocab, F32 * sizes.layers * tokens * sizes.hidden
-    inside = F32 * tokens * (8 * sizes.width + 16 * sizes.hidden)
-    if isinstance(config, Perp):
+    inside = F32 * tokens * (8 * sizes.routed * sizes.width + 16 * sizes.hidden)
+    if _has_products(recipe, config):
         inside += 2 * F32 * sizes.linears  # the products beside the weights, and their gradients
     step = states + max(inside, logits) if config.gradient_checkpointing else sizes.layers * inside + logits
     optimizing = 2 * F32 * max(sizes.head, *(largest for _, _, largest in sizes.groups)) if isinstance(config, Full) or recipe.trains_head else 0
     merging = round(left_of_blocks(recipe, sizes) * F32 * sizes.layers * sizes.linears) + states + inside if mapped and not isinstance(config, Full) else 0
-    holes = 0 if on_device else _holes(config, sizes)
+    holes = 0 if on_device or not _has_products(recipe, config) else _holes(sizes)
     loading = 0 if mapped or on_device else (F32 + _item_written(recipe, sizes)) * parameters  # as it is stored and as it is to be
     return max(loading, held + holes + max(step, optimizing, merging))
 
 
-def _holes(config: Training, sizes: Sizes) -> int:
+def _has_products(recipe: Recipe, config: Training) -> bool:
+    """Whether products of adapters are computed whole beside the weights."""
+    return (isinstance(config, Perp) and "adapters" in config.train) or (isinstance(config, LoRA) and not recipe.facts.structured)
+
+
+def _holes(sizes: Sizes) -> int:
     """What the heap keeps of products that were beside the weights and are too small for mappings of their own."""
-    if not isinstance(config, Perp) or "adapters" not in config.train:
-        return 0
     small = sum(weights for _, weights, largest in sizes.groups if F32 * largest < MAPPED_BYTES)
     return 3 * F32 * sizes.layers * small // 2
 
@@ -337,7 +344,7 @@ def trained_parameters(config: Training, parameters: int, sizes: Sizes) -> int:
 def _reconstruction(recipe: Recipe, config: Perp, sizes: Sizes, cast: int) -> int:
     """A block that trains, and what becomes of it when it is done."""
     tokens = config.micro_batch * config.sequence_length
-    inside = F32 * tokens * (8 * sizes.width + 16 * sizes.hidden)
+    inside = F32 * tokens * (8 * sizes.routed * sizes.width + 16 * sizes.hidden)
     passed = _activations(sizes, config.samples, config.sequence_length)
     masks = 0 if recipe.facts.structured else sizes.linears
     return (F32 + cast + sizes.item) * sizes.block + masks + max(inside + 2 * F32 * sizes.linears, passed)

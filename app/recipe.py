@@ -657,8 +657,6 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _recovery_fits(self) -> Recipe:
         recovery = self.recovery
-        if isinstance(recovery, LoRA) and not self.facts.structured:
-            raise ValueError(f"lora would fill the zeros that {self.method.name} sets; give recovery 'perp', whose adapters are masked, or 'full'")
         if isinstance(recovery, Perp) and recovery.reconstructs and isinstance(self.method, Depth):
             raise ValueError("the blocks that depth keeps stay as they are, so there is nothing to reconstruct; set recovery.mode to 'retrain'")
         if self.evaluation is not None and self.trains_on == self.evaluation.source:

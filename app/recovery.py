@@ -79,13 +79,18 @@ class Full(Training):
 
 
 class LoRA(Training):
-    """Train a product of two small matrices beside each linear of the decoder blocks, and add it to the weight in the end (Hu et al., arXiv 2106.09685)."""
+    """Train a product of two small matrices beside each linear of the decoder blocks, and add it to the weight in the end (Hu et al., arXiv 2106.09685).
+
+    Where pruning set weights to zero, the product has the same zeros, in training as in the end.
+    """
 
     name: Literal["lora"] = "lora"
     learning_rate: float = Field(2e-4, gt=0, le=1, description="The highest, reached after the warm-up.")
     rank: int = Field(16, ge=1, le=4096, description="Rank of the products; with `ranks` by importance, what their parameters amount to on average.")
     alpha: float = Field(32.0, gt=0, description="The product is scaled by alpha / rank, in every block alike.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of a product's inputs that are left out in a step.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of a product's inputs that are left out in a step, or of its entries where pruning set weights to zero."
+    )
     targets: Literal["all", "attention", "ffn"] = Field("all", description="Which linears of the decoder blocks.")
     ranks: Literal["equal", "importance"] = Field(
         "equal",
@@ -120,7 +125,7 @@ def _expand_parts(value: Any) -> Any:
 class Perp(Training):
     """Train a small part of the parameters, and keep every zero (PERP; Zimmer et al., arXiv 2312.15230).
 
-    PERP's `lora`, which it never merges, is the recovery of that name.
+    PERP's `lora`, which fills zeros and so is never merged, is the recovery of that name, which keeps them.
     """
 
     name: Literal["perp"] = "perp"

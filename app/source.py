@@ -188,13 +188,6 @@ def _check_method(recipe: Recipe, source: Source, architecture: Architecture) ->
         raise refuse(
             "groups_fixed", f"No KV groups can be removed from {model_type} models: {architecture.groups_fixed}.", "Set units to 'ffn'.", "/method/units"
         )
-    if recipe.recovery is not None and architecture.experts is not None:
-        raise refuse(
-            "recovery_does_not_fit",
-            f"Nothing is trained in {model_type} models: transformers holds their experts in other matrices than are stored.",
-            "Leave recovery out.",
-            "/recovery",
-        )
     if isinstance(recipe.recovery, Perp) and set(recipe.recovery.train) == {"biases"} and not architecture.has_biases(source.config):
         raise refuse("no_biases", f"'{source.folder.name}' has no biases to train.", "Train its norms, or adapters too ('published').", "/recovery/train")
     layers = architecture.dimensions(source.config).layers

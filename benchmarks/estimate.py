@@ -47,6 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "Magnitude, PERP": {"method": "magnitude", "sparsity": 0.5, "recovery": {"name": "perp", **TRAINING}},
     "Magnitude, PERP, reconstruction": {"method": "magnitude", "sparsity": 0.5, "recovery": {"name": "perp", "mode": "reconstruct", "samples": 8, **TRAINING}},
     "Magnitude, full retraining": {"method": "magnitude", "sparsity": 0.5, "recovery": {"name": "full", **TRAINING}},
+    "Wanda, LoRA": {"method": "wanda", "sparsity": 0.5, "recovery": {"name": "lora", **TRAINING}},
     "CFSP, LoRA": {"method": "cfsp", "sparsity": 0.2, "recovery": {"name": "lora", **TRAINING}},
     "CFSP, LoRA, 2 × 512 tokens": {"method": "cfsp", "sparsity": 0.2, "recovery": {"name": "lora", **LONGER}},
     "CFSP, LoRA, 2 × 512 tokens, activations kept": {

@@ -137,7 +137,9 @@ class BlockStream:
         prefix = self.architecture.block_prefix(index)
         given = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         block = _copied(self._blocks[index])
-        self._fit_experts(block, index, given)
+        router = self.architecture.router(self.source.config, index)
+        if router is not None:  # as many experts as it has rows
+            split_experts(block, self.architecture, router, given[f"{router}.weight"].shape[0], self.config.hidden_act)
         for name, tensor in given.items():
             _fill(block, name, tensor.to(self.device, torch.float32))
         self._fit_attention(block, given)
@@ -159,19 +161,6 @@ class BlockStream:
         if self._freed >= FREED_BYTES:
             self._freed = 0
             return_freed_memory()
-
-    def _fit_experts(self, block: nn.Module, index: int, given: dict[str, Tensor]) -> None:
-        """Put linears by their stored names in the place of transformers' fused experts, as many as the router has rows."""
-        config, experts = self.source.config, self.architecture.experts
-        router = self.architecture.router(config, index)
-        if experts is None or router is None:
-            return
-        mixture: Any = block.mlp
-        count = given[f"{router}.weight"].shape[0]
-        mixture.experts = RoutedExperts([experts.mlp_of(number) for number in range(count)], ACT2FN[self.config.hidden_act])
-        stored_as = router.rpartition(".")[0]
-        if stored_as != "mlp":
-            block.add_module(stored_as, mixture)
 
     def _fit_attention(self, block: nn.Module, given: dict[str, Tensor]) -> None:
         """Where KV groups were removed, tell the module; most families only look at the weights."""
@@ -302,6 +291,19 @@ class RoutedExperts(nn.ModuleList):
                     self.notice(number, weighted)
                 output.index_add_(0, tokens, weighted)
         return output
+
+
+def split_experts(block: Any, architecture: Architecture, router: str, count: int, activation: str) -> list[Expert]:
+    """Put linears without weights in the place of a block's fused experts, which makes all names those of the checkpoint."""
+    assert architecture.experts is not None
+    mixture = block.mlp
+    mixture.experts = RoutedExperts([architecture.experts.mlp_of(number) for number in range(count)], ACT2FN[activation])
+    stored_as = router.rpartition(".")[0]
+    if stored_as != "mlp":  # which transformers' own forward still calls it, but no more by a module's name
+        del block.mlp
+        block.add_module(stored_as, mixture)
+        object.__setattr__(block, "mlp", mixture)
+    return [*mixture.experts]
 
 
 class Expert(nn.Module):

@@ -182,7 +182,7 @@ def test_every_method_with_every_recovery_has_an_estimate(tmp_path: Path) -> Non
             assert found.disk_bytes > found.output_bytes
             assert found.seconds_least < found.seconds_most
             told.add((method, recipe.recovery.name if recipe.recovery else None))
-    assert told == {pair for pair in allowed if pair[0] != "experts" or pair[1] is None}  # nothing is trained in mixtures
+    assert told == allowed
 
 
 def test_what_stays_is_what_the_recipe_asks_for(llama: Source) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from app.architecture import ARCHITECTURES
@@ -20,10 +19,9 @@ from app.report import Report
 from app.source import Source, TensorEntry, check_recipe, read_source
 from tests.models import load_model, make_checkpoint, make_text
 from tests.worker.test_pipeline import engine, finished
-from tests.worker.test_recovery import TOKENS, logits_of, pruned_folder, recipe_of, retrained, stir, stored, student_of
+from tests.worker.test_recovery import TOKENS, logits_of, masks_of, pruned_folder, recipe_of, retrained, stir, stored, student_of
 from tests.worker.test_recovery_pipeline import write_recipe
 from worker.blocks import BlockStream
-from worker.checkpoint import read_masks
 from worker.data import tokenize
 from worker.recovery import RECOVERIES
 from worker.recovery.perp import choose_rank, modules_of_model
@@ -40,10 +38,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def text_of(folder: Path, text: Path, config: Perp) -> TrainingText:
     return training_text(tokenize(folder, str(text), {}), config)
-
-
-def masks_of(folder: Path) -> dict[str, Tensor]:
-    return {name: mask for file in sorted(folder.glob("masks-*")) for name, mask in read_masks(file).items()}
 
 
 # -------------------------------------------------------------------------- adapters

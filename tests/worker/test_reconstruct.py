@@ -19,9 +19,9 @@ from app.recovery import Perp
 from app.report import Report
 from app.source import read_source
 from tests.models import load_model, make_checkpoint, make_text
-from tests.worker.test_perp import masks_of, text_of
+from tests.worker.test_perp import text_of
 from tests.worker.test_pipeline import engine, finished, hashes
-from tests.worker.test_recovery import pruned_folder, recipe_of, stored
+from tests.worker.test_recovery import masks_of, pruned_folder, recipe_of, stored
 from tests.worker.test_recovery_pipeline import write_recipe
 from worker.blocks import BlockStream
 from worker.recovery.reconstruct import modules_before, reconstruct

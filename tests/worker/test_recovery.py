@@ -26,6 +26,7 @@ from worker.pipeline import target_of
 from worker.pruners import PRUNERS
 from worker.pruning import prune
 from worker.recovery import RECOVERIES
+from worker.recovery.adapters import MaskLoRA
 from worker.recovery.base import Adapted, Student
 from worker.recovery.lora import share_ranks
 from worker.recovery.retrain import Retrained, coarse_importance, load, retrain, write_back
@@ -96,6 +97,10 @@ def stir(adapted: Adapted) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
+def masks_of(folder: Path) -> dict[str, Tensor]:
+    return {name: mask for file in sorted(folder.glob("masks-*")) for name, mask in read_masks(file).items()}
+
+
 def stored(folder: Path) -> dict[str, Tensor]:
     source = read_source(folder)
     return BlockStream(source).tensors(source.tensors)
@@ -114,6 +119,8 @@ FAMILIES = [  # tied or not, layout, head trained or not
     ("gpt_neox", False, "uniform", True),
     ("gpt2", True, "uniform", False),
     ("gpt2", True, "uniform", True),
+    ("mixtral", False, "uniform", True),
+    ("qwen3_moe", False, "uniform", False),
 ]
 
 
@@ -155,6 +162,59 @@ def test_weights_of_another_type_stay_of_that_type(text: Path, tmp_path: Path) -
         assert torch.equal(tensor, student.model.get_parameter(name).detach().bfloat16())
 
 
+MASKED = [  # pattern, ranks, head trained or not
+    ("llama", 0.5, "importance", True),
+    ("gpt2", "2:4", "equal", False),
+    ("opt", 0.7, "importance", True),
+    ("phi3", "2:4", "equal", False),
+    ("mixtral", 0.5, "importance", True),
+]
+
+
+@pytest.mark.parametrize(("model_type", "sparsity", "ranks", "head"), MASKED)
+def test_a_product_has_the_zeros_that_pruning_left(model_type: str, sparsity: Any, ranks: str, head: bool, text: Path, tmp_path: Path) -> None:
+    dense = make_checkpoint(tmp_path / "dense", model_type, tied=model_type != "phi3", layers=2)
+    source, pruned = pruned_folder(dense, recipe_of(text, "wanda", sparsity), tmp_path / "work")
+    masks, before = masks_of(source.folder), stored(source.folder)
+    student = student_of(source, pruned, masks, importance=[1.0, 3.0])
+    unadapted = logits_of(student.model)
+    adapted = RECOVERIES["lora"](student, LoRA.model_validate({"rank": 4, "alpha": 6.0, "dropout": 0.3, "ranks": ranks, "head": head}))
+    assert torch.equal(logits_of(student.model), unadapted)
+    assert not adapted.jumps
+    stir(adapted)
+    trained = logits_of(student.model)
+    matrices = {name: parameter.detach().clone() for name, parameter in adapted.parameters.items()}
+    assert not torch.equal(student.model.train()(TOKENS, use_cache=False).logits, student.model(TOKENS, use_cache=False).logits)  # dropout
+    student.model.eval()
+    adapted.merge()
+    assert torch.equal(logits_of(student.model), trained)
+    counted = write_back(student, pruned)
+
+    after = stored(source.folder)
+    assert counted.zeros_after == pruned.zeros_after
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(masks)
+    for name, mask in masks.items():
+        assert torch.equal(after[name] != 0, mask)
+        down, up = (matrices[f"{name.removesuffix('.weight')}.parametrizations.weight.0.{side}"] for side in ("down", "up"))
+        assert len(down) == up.shape[1] == (4 if ranks == "equal" else 6 if name.startswith(student.architecture.block_prefix(1)) else 2)
+        product = down.T @ up.T if student.architecture.transposed else up @ down
+        torch.testing.assert_close(after[name], before[name] + 6 / 4 * product * mask, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits_of(load_model(source.folder)), trained, atol=1e-4, rtol=1e-5)
+
+
+def test_dropout_leaves_out_entries_of_a_product_and_keeps_its_mean() -> None:
+    adapter = MaskLoRA(torch.zeros(30, 40), torch.arange(40).expand(30, 40) < 20, rank=2, scale=1.0, transposed=False, dropout=0.25)
+    with torch.no_grad():
+        adapter.up.fill_(1.0)
+    whole = adapter.eval()(torch.zeros(30, 40))
+    torch.manual_seed(0)
+    dropped = torch.stack([adapter.train()(torch.zeros(30, 40)) for _ in range(400)])[..., :20]
+    assert whole[:, 20:].count_nonzero() == 0
+    assert float((dropped == 0).double().mean()) == pytest.approx(0.25, abs=0.01)
+    torch.testing.assert_close(dropped.mean(0), whole[:, :20], atol=0.15, rtol=0.0)
+    torch.testing.assert_close(dropped[dropped != 0], (whole[:, :20] / 0.75).expand_as(dropped)[dropped != 0])
+
+
 @pytest.mark.parametrize("targets", ["all", "attention", "ffn"])
 def test_gradients_go_where_they_were_asked_and_are_counted(targets: str, text: Path, tmp_path: Path) -> None:
     dense = make_checkpoint(tmp_path / "dense", "llama", tied=True, layers=2, hidden=32, ffn=48, heads=4, kv_heads=2)
@@ -179,6 +239,21 @@ def test_the_settings_reach_the_adapters(text: Path, tmp_path: Path) -> None:
         assert layer.lora_A["default"].weight.shape == (rank, 32)
         assert layer.scaling["default"] == 0.5  # alpha / rank of all blocks alike
         assert layer.lora_dropout["default"].p == 0.25
+
+
+@pytest.mark.parametrize(("model_type", "more"), [("mixtral", {}), ("qwen3_moe", {"mlp_only_layers": [1]})])
+def test_experts_are_trained_by_their_stored_names(model_type: str, more: dict[str, Any], tmp_path: Path) -> None:
+    source = read_source(make_checkpoint(tmp_path / "dense", model_type, **more))
+    fused, split = load_model(source.folder), load(source, torch.device("cpu"), gradient_checkpointing=False)
+    assert {name: parameter.shape for name, parameter in split.named_parameters()} == {name: entry.shape for name, entry in source.tensors.items()}
+    torch.testing.assert_close(logits_of(split), logits_of(fused), atol=1e-5, rtol=1e-5)
+    for model in (fused, split.requires_grad_(True)):
+        cross_entropy(model(TOKENS, use_cache=False).logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    expected, found = fused.model.layers[0].mlp.experts, split.model.layers[0].mlp.experts
+    outer = torch.stack([torch.cat([getattr(expert, name).weight.grad for name in (expert.gate, expert.up)]) for expert in found])
+    torch.testing.assert_close(outer, expected.gate_up_proj.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.stack([getattr(expert, expert.down).weight.grad for expert in found]), expected.down_proj.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(split.model.layers[0].mlp.gate.weight.grad, fused.model.layers[0].mlp.gate.weight.grad, atol=1e-6, rtol=1e-5)
 
 
 # --------------------------------------------------------------------------- ranks
@@ -233,7 +308,7 @@ def text_of(folder: Path, text: Path, config: LoRA | Full) -> TrainingText:
 def test_full_retraining_keeps_every_zero(model_type: str, text: Path, tmp_path: Path) -> None:
     dense = make_checkpoint(tmp_path / "dense", model_type, tied=True)
     source, pruned = pruned_folder(dense, recipe_of(text, "wanda", "2:4"), tmp_path / "work")
-    masks = {name: mask for file in sorted(source.folder.glob("masks-*")) for name, mask in read_masks(file).items()}
+    masks = masks_of(source.folder)
     before, config = stored(source.folder), Full.model_validate(SMALL | {"weight_decay": 0.1})
     told: list[Step] = []
     training = text_of(dense, text, config)
@@ -282,17 +357,21 @@ def test_a_weight_that_was_kept_and_is_zero_may_change_and_one_that_was_not_may_
     assert refused.value.code == "zeros_lost"
 
 
-@pytest.mark.parametrize("layout", ["uniform", "per_layer"])
-def test_lora_lowers_the_loss_and_goes_on_after_a_break(layout: str, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "sparsity", "layout"), [("cfsp", 0.25, "uniform"), ("cfsp", 0.25, "per_layer"), ("wanda", 0.5, "uniform"), ("sparsegpt", "2:4", "uniform")]
+)
+def test_lora_lowers_the_loss_and_goes_on_after_a_break(method: str, sparsity: Any, layout: str, text: Path, tmp_path: Path) -> None:
     dense = make_checkpoint(tmp_path / "dense", "llama", tied=True)
     config = LoRA.model_validate(SMALL | {"steps": 6, "checkpoint_every": 2, "rank": 2, "dropout": 0.2, "head": True})
     training, stream = text_of(dense, text, config), BlockStream(read_source(dense))
     results = []
     for name, stop_after in (("one", None), ("two", 3)):
-        source, pruned = pruned_folder(dense, recipe_of(text, output={"layout": layout}), tmp_path / name)
-
+        source, pruned = pruned_folder(dense, recipe_of(text, method, sparsity, output={"layout": layout}), tmp_path / name)
+        masks = masks_of(source.folder)
         found = retrained(config, source, pruned, stream, training, tmp_path / f"{name}-state", stop_after)
+        assert found.merged is None
         results.append((found.trained.best, stored(source.folder)))
+        assert all(torch.equal(results[-1][1][name] != 0, mask) for name, mask in masks.items())
     assert results[0][0] == results[1][0]
     assert results[0][1].keys() == results[1][1].keys()
     assert all(torch.equal(results[1][1][name], tensor) for name, tensor in results[0][1].items())
@@ -344,7 +423,6 @@ def test_a_text_that_is_too_short_is_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "wanda", "sparsity": 0.5, "recovery": "lora"}, "lora would fill the zeros"),
         ({"recovery": "full", "evaluation": {"source": "mine"}}, "can't be trained on"),
         ({"recovery": {"name": "full", "source": "wiki"}, "evaluation": {"source": "wiki"}}, "can't be trained on"),
         ({"sparsity": {"target_bytes": 1000}, "recovery": {"name": "lora", "head": True}}, "set recovery.head to false"),
@@ -359,16 +437,11 @@ def test_what_a_recipe_may_not_ask(values: dict[str, Any], message: str) -> None
 
 
 def test_what_a_model_has_no_place_for(tmp_path: Path) -> None:
-    mixtral = read_source(make_checkpoint(tmp_path / "mixtral", "mixtral"))
     opt = read_source(make_checkpoint(tmp_path / "opt", "opt", max_position_embeddings=64))
-    for source, recovery, code in (
-        (mixtral, "full", "recovery_does_not_fit"),
-        (opt, {"name": "full", "sequence_length": 128}, "sequence_too_long"),
-    ):
-        with pytest.raises(RecipeError) as refused:
-            check_recipe(recipe_of("mine", recovery=recovery), source)
-        assert refused.value.code == code
-        assert str(refused.value.pointer).startswith("/recovery")
+    with pytest.raises(RecipeError) as refused:
+        check_recipe(recipe_of("mine", recovery={"name": "full", "sequence_length": 128}), opt)
+    assert refused.value.code == "sequence_too_long"
+    assert str(refused.value.pointer).startswith("/recovery")
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(text: Path, tmp_path: Path) -> None:

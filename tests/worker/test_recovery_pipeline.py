@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 
+from app.recipe import Recipe
 from app.report import Report
-from tests.models import make_checkpoint, make_text
+from tests.models import load_model, make_checkpoint, make_text
 from tests.worker.test_pipeline import engine, finished, hashes
+from worker.data import tokenize
+from worker.pipeline import run
 
 RECOVERY: dict[str, Any] = {
     "name": "lora",
@@ -139,3 +145,64 @@ def test_the_evaluation_text_by_another_name_is_refused(texts: tuple[Path, Path]
     code, events, _ = finished(engine(recipe, source, tmp_path / "out", texts[0], "--text", "other", str(texts[0])))
     assert code == 2
     assert events[-1]["code"] == "training_on_evaluation_text"
+
+
+# ------------------------------------------------------------ any recovery, any pruner
+
+TRAINING: dict[str, Any] = {"source": "mine", "sequence_length": 32, "steps": 6, "batch": 4, "learning_rate": 0.01, "held_out": 4, "checkpoint_every": 2}
+EVERY_RECOVERY: dict[str, dict[str, Any]] = {
+    "full": {"name": "full"},
+    "lora": {"name": "lora", "rank": 2, "ranks": "importance"},
+    "taught": {"name": "lora", "rank": 2, "dropout": 0.05, "head": True, "distillation": {"kl": 0.5, "hidden": 0.01, "top_k": 16}},
+    "perp": {"name": "perp", "train": "all", "rank": 2},
+    "reconstruct": {"name": "perp", "rank": 2, "mode": "reconstruct", "parts": "attention_ffn", "samples": 8},
+}
+EVERY_PRUNER: list[tuple[str, Any, Any]] = [
+    ("llama", "magnitude", "2:4"),
+    ("llama", "wanda", 0.5),
+    ("llama", "sparsegpt", 0.5),
+    ("llama", "cfsp", 0.25),
+    ("llama", {"name": "flap", "units": "both"}, 0.25),
+    ("llama", {"name": "bonsai", "masks": 8, "prune_fraction": 0.2}, 0.2),
+    ("llama", "depth", 0.25),
+    ("mixtral", "experts", 0.5),
+    ("mixtral", "wanda", 0.5),
+    ("qwen3_moe", "experts", 0.25),
+    ("qwen3_moe", "cfsp", 0.25),
+]
+
+
+@pytest.mark.parametrize("recovery", EVERY_RECOVERY)
+@pytest.mark.parametrize(("model_type", "method", "sparsity"), EVERY_PRUNER)
+def test_any_recovery_follows_any_pruner(
+    model_type: str, method: Any, sparsity: Any, recovery: str, texts: tuple[Path, Path], unverified: None, tmp_path: Path
+) -> None:
+    source = make_checkpoint(tmp_path / "dense", model_type, layers=4)
+    config = TRAINING | EVERY_RECOVERY[recovery]
+    if method == "depth" and recovery == "reconstruct":
+        with pytest.raises(ValidationError, match="nothing to reconstruct"):
+            Recipe.model_validate_json(write_recipe(tmp_path, method=method, sparsity=sparsity, output={}, recovery=config).read_bytes())
+        return
+    recipe = Recipe.model_validate_json(write_recipe(tmp_path, method=method, sparsity=sparsity, output={}, recovery=config).read_bytes())
+    named = {"mine": texts[0], "other": texts[1]}
+    bare = run(recipe.model_copy(update={"recovery": None}), source, tmp_path / "bare", tmp_path / "bare-work", lambda event: None, named)
+    report = run(recipe, source, tmp_path / "out", tmp_path / "work", lambda event: None, named)
+    assert report.recovery is not None
+    assert report.recovery.trained_parameters > 0
+    assert report.after is not None
+    assert report.after.perplexity is not None
+    if report.recovery.blocks is None:
+        assert bare.after is not None
+        assert bare.after.perplexity is not None
+        assert report.after.perplexity.value < bare.after.perplexity.value
+    else:  # of a block alone; what that does to the whole of a random model is chance
+        assert any(block.after < 0.999 * block.before for block in report.recovery.blocks)
+    assert (report.sparsity, report.layers) == (bare.sparsity, bare.layers)
+    for file in (tmp_path / "bare" / "checkpoint").glob("masks-*"):
+        assert (tmp_path / "out" / "checkpoint" / file.name).read_bytes() == file.read_bytes()
+    model = load_model(tmp_path / "out" / "checkpoint")
+    other = tokenize(source, "other", named).tokens[: 4 * 32].view(4, 32)
+    with torch.no_grad():
+        logits = model(other).logits
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1), other[:, 1:].flatten())
+    assert float(loss.exp()) == pytest.approx(report.after.perplexity.value, rel=1e-4)

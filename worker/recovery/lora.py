@@ -1,13 +1,16 @@
-"""LoRA: y = (W + (α / r) · B A) x, with A (r, C_in) random and B (C_out, r) zero at the start (Hu et al., arXiv 2106.09685); the adapters are peft's.
+"""LoRA: y = (W + (α / r) · B A) x, with A (r, C_in) random and B (C_out, r) zero at the start (Hu et al., arXiv 2106.09685).
+
+The adapters are peft's; where the pruning left masks M they are our own of B A ⊙ M, since plain ones would fill the zeros.
 
 Notation: C_in inputs and C_out outputs of a linear, r rank.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 
 from app.recovery import LoRA
+from worker.recovery.adapters import MaskLoRA, add_lora, attach
 from worker.recovery.base import Adapted, Student, own_head
 
 
@@ -16,9 +19,7 @@ def adapt(student: Student, config: LoRA) -> Adapted:
 
     The scale α / r is the same in every block, so that ranks by importance change where the adapters have room and nothing else.
     """
-    from peft import LoraConfig, LoraModel  # takes a second, and most jobs train nothing
-
-    model, architecture = student.model, student.architecture
+    model = student.model
     targets = [[name for name in linears if _is_target(name, student, config)] for linears in student.linears()]
     ranks = [config.rank] * len(targets)
     if config.ranks == "importance":
@@ -26,30 +27,32 @@ def adapt(student: Student, config: LoRA) -> Adapted:
         ranks = share_ranks(
             student.importance(), [sum(sum(pair) for pair in block) for block in sides], [max(min(pair) for pair in block) for block in sides], config.rank
         )
-    names = [name for block in targets for name in block]
-    rank_of = {re.escape(name): rank for block, rank in zip(targets, ranks, strict=True) for name in block}
-    tuner = LoraModel(
-        model,
-        LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft states an int, and multiplies by it
-            lora_dropout=config.dropout,
-            target_modules=names,
-            rank_pattern=rank_of,
-            alpha_pattern={name: config.alpha * rank / config.rank for name, rank in rank_of.items()},
-            fan_in_fan_out=architecture.transposed,
-        ),
-        "default",
-    )
+    rank_of = {name: rank for block, rank in zip(targets, ranks, strict=True) for name in block}
+    merge = (_masked if student.masks else _plain)(student, rank_of, config)
     head = [own_head(model)] if config.head else []
     for weight in head:
         weight.requires_grad_(True)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return Adapted(parameters, merge)
+
+
+def _plain(student: Student, rank_of: dict[str, int], config: LoRA) -> Callable[[], None]:
+    tuner = add_lora(student.model, rank_of, config.alpha / config.rank, transposed=student.architecture.transposed, dropout=config.dropout)
 
     def merge() -> None:
         tuner.merge_and_unload()
 
-    return Adapted(parameters, merge)
+    return merge
+
+
+def _masked(student: Student, rank_of: dict[str, int], config: LoRA) -> Callable[[], None]:
+    scale, transposed = config.alpha / config.rank, student.architecture.transposed
+
+    def adapter_of(name: str, rank: int) -> MaskLoRA:
+        weight, mask = student.model.get_submodule(name).weight, student.masks.get(f"{name}.weight")
+        return MaskLoRA(weight, mask, rank, scale, transposed=transposed, dropout=config.dropout)
+
+    return attach(student.model, {name: adapter_of(name, rank) for name, rank in rank_of.items()})
 
 
 def _is_target(linear: str, student: Student, config: LoRA) -> bool:

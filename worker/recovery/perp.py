@@ -6,19 +6,17 @@ that was kept and is zero may change); the head by plain LoRA, since it has no z
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from app.architecture import ARCHITECTURES
 from app.recovery import Perp
 from app.source import Source
-from worker.recovery.adapters import MaskLoRA, ScaleLoRA
+from worker.recovery.adapters import MaskLoRA, ScaleLoRA, add_lora, attach
 from worker.recovery.base import Adapted, Student, own_head
 
 PUBLISHED_SHARE = 0.0035  # of all parameters: the most that the paper's first version trains
@@ -120,36 +118,19 @@ def _add_masked(
     model: Any, linears: Sequence[str], masks: Mapping[str, Tensor], config: Perp, rank: int, scale: float, *, transposed: bool
 ) -> Callable[[], None]:
     """Adapters that keep zeros while they train; gives what merges them."""
-    layers = [model.get_submodule(name) for name in linears]
-    for name, layer in zip(linears, layers, strict=True):
-        adapter: nn.Module
+
+    def adapter_of(name: str) -> nn.Module:
+        weight = model.get_submodule(name).weight
         if config.adapter == "scale_lora":
-            adapter = ScaleLoRA(layer.weight, rank, transposed=transposed)
-        else:
-            adapter = MaskLoRA(layer.weight, masks.get(f"{name}.weight"), rank, scale, transposed=transposed)
-        register_parametrization(layer, "weight", adapter)
+            return ScaleLoRA(weight, rank, transposed=transposed)
+        return MaskLoRA(weight, masks.get(f"{name}.weight"), rank, scale, transposed=transposed)
 
-    def merge() -> None:
-        for layer in layers:
-            remove_parametrizations(layer, "weight")
-
-    return merge
+    return attach(model, {name: adapter_of(name) for name in linears})
 
 
 def _add_lora(model: Any, linears: Sequence[str], masks: Mapping[str, Tensor], rank: int, scale: float, *, transposed: bool) -> Callable[[], None]:
     """peft's adapters; gives what adds them to the weights in the end, under the masks."""
-    from peft import LoraConfig, LoraModel  # takes a second, and most jobs train nothing
-
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=scale * rank,  # type: ignore[arg-type]  # peft states an int, and multiplies by it
-        lora_dropout=0.0,
-        target_modules=list(linears),
-        fan_in_fan_out=transposed,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # it finds out by itself that the head is not stored as the blocks' linears are
-        tuner = LoraModel(model, config, "default")
+    tuner = add_lora(model, dict.fromkeys(linears, rank), scale, transposed=transposed)
     layers = {name: model.get_submodule(name) for name in linears}
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Trains a pruned checkpoint as a whole: loads it in float32, makes some of its parameters ready, trains them, merges, and writes the shards again.
 
-Notation: B sequences, T tokens, D hidden size, V vocabulary.
+Notation: B sequences, T tokens, D hidden size, V vocabulary, K experts, I FFN channels of each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +27,7 @@ from app.recovery import Full, Perp, RecoveryConfig, Training
 from app.report import BlockError
 from app.source import Source, read_source
 from worker.allocation import angular
-from worker.blocks import BlockStream
+from worker.blocks import BlockStream, split_experts
 from worker.calibration import HiddenStates, embed_into, forward
 from worker.checkpoint import read_masks, replace_weights
 from worker.choosing import EXPERT_ALIGNMENT
@@ -108,9 +108,26 @@ def load(source: Source, device: torch.device, *, gradient_checkpointing: bool) 
         importlib.import_module("espalier.loader")
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(source.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    _split_all_experts(model, source)
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model.to(device).requires_grad_(False)
+
+
+def _split_all_experts(model: Any, source: Source) -> None:
+    """Give each expert linears by their stored names, whose weights are parts of transformers' fused matrices (K, 2I, D) and (K, D, I)."""
+    architecture = ARCHITECTURES[source.model_type]
+    for index in range(architecture.dimensions(source.config).layers):
+        router = architecture.router(source.config, index)
+        if router is None:
+            continue
+        block = model.get_submodule(architecture.block_prefix(index).removesuffix("."))
+        outer, down = block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj
+        for number, expert in enumerate(split_experts(block, architecture, router, len(down), model.config.hidden_act)):
+            for name, weight in zip((expert.gate, expert.up, expert.down), (*outer[number].chunk(2), down[number]), strict=True):
+                linear = expert.get_submodule(name)
+                linear.out_features, linear.in_features = weight.shape
+                linear.weight = nn.Parameter(weight)
 
 
 def require_room(recipe: Recipe, source: Source, allowed: int | None) -> None:

@@ -289,7 +289,7 @@ class RoutedExperts(nn.ModuleList):
                 weighted = expert(hidden[tokens]) * shares[tokens, places, None]
                 if self.notice is not None:
                     self.notice(number, weighted)
-                output.index_add_(0, tokens, weighted)
+                output.index_add_(0, tokens, weighted.to(output.dtype))
         return output
 
 

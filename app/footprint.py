@@ -290,7 +290,8 @@ def _slicing_in_turn(recipe: Recipe, sizes: Sizes, cast: int, activations: int, 
     measured = 1 if recipe.restoration.ridge else 2  # halves of the text, to choose the ridge by
     running = cast * sizes.block + activations + (1 + measured) * grams + kept * weights
     fitting = grams * (1 + measured + kept + 2 * kept**2) + weights * (1 + 2 * kept)
-    return round(sliced + drift + max(running, fitting))
+    choosing = grams * (3 + measured) + 2 * weights if isinstance(method, Scored) and recipe.restoration.reselect else 0
+    return round(sliced + drift + max(running, fitting, choosing))
 
 
 # ---------------------------------------------------------------------- training

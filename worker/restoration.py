@@ -3,7 +3,7 @@
 The reconstruction step of OSSCAR (Meng et al. 2024, arXiv 2403.12983) and, for single weights, of SparseGPT (arXiv 2301.00774), with another penalty: only
 the removed part is regressed, so that a strong ridge leaves the kept weights as they were instead of drawing them to zero.
 
-Notation: I inputs of a linear (FFN channels, or the outputs of the attention heads), D outputs, K kept and P removed inputs.
+Notation: I inputs of a linear (FFN channels, or the outputs of the attention heads), D outputs, K kept and P removed inputs, R that may be removed.
 """
 
 from __future__ import annotations
@@ -45,6 +45,34 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, tokens: int, ridge: float 
     share = ridge * len(kept) / max(tokens, 1)
     factor = _cholesky(rows.index_select(1, kept), share, mean)
     return of_kept + torch.cholesky_solve(lost, factor).T
+
+
+def choose_inputs(weight: Tensor, gram: Tensor, may_go: Tensor, count: int, tokens: int) -> Tensor:
+    """The `count` inputs that can make up best for all others, of those that may go, one after the other: (D, I), (I, I), (I,) bool -> (I,) bool.
+
+    Optimal Brain Surgeon (Hassibi & Stork 1992) by whole columns: the next to go is the one with the smallest ‖W_j‖² / [H⁻¹]_jj, which is what a fit of all others
+    adds to ‖W x - W' x‖² with G damped to H = G + λI, λ as in `refit` for a ridge of 1 and all inputs. Then W becomes W - W_j H⁻¹_j: / [H⁻¹]_jj, the weights
+    fitted without j, and H⁻¹ the inverse without j. The damping also keeps inputs of large weights that few of the tokens happened to use.
+
+    `gram` is the mean of x xᵀ over `tokens` tokens; both tensors are left as they are.
+    """
+    mean, places = _mean_square(gram), may_go.nonzero().squeeze(1)  # (R,)
+    stays = torch.ones_like(places, dtype=torch.bool)
+    if mean:
+        inverse = torch.cholesky_inverse(_cholesky(gram.clone(), len(gram) / max(tokens, 1), mean))[places][:, places]  # (R, R), as the others only follow
+        weight = weight[:, places]
+        for _ in range(len(gram) - count):
+            gone = (weight.square().sum(dim=0) / inverse.diagonal()).masked_fill_(~stays, torch.inf).argmin()
+            stays[gone] = False
+            scale = inverse[gone, gone].rsqrt()
+            row = inverse[gone] * scale
+            weight.addr_(weight[:, gone] * scale, row, alpha=-1)
+            inverse.addr_(row, row, alpha=-1)
+    else:
+        stays[len(places) - (len(gram) - count) :] = False
+    keep = torch.ones_like(may_go)
+    keep[places] = stays
+    return keep
 
 
 def best_ridge(weight: Tensor, halves: Tensor, tokens: Sequence[int], keep: Tensor) -> float:

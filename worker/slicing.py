@@ -5,8 +5,9 @@ Notation: C inputs of a linear.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from app.recipe import FLAP, LeastSquares, Scored
 from worker.calibration import Drift, HiddenStates, InputStatistics, Statistic, forward, measuring
 from worker.checkpoint import written_type
 from worker.choosing import Choice, keep_best
+from worker.masks import keep_largest
 from worker.pruners.base import StructuredPruner, Weights
 from worker.pruners.flap import compensation
-from worker.restoration import best_ridge, refit
+from worker.restoration import best_ridge, choose_inputs, refit
 from worker.structured import Keep, kept_columns, slice_block
 from worker.survey import Surveyed, dense_block, scored_inputs
 from worker.walk import Pruning, facts, hidden_states, next_inputs, read_block, stored, write_block, write_outer
 
 WALK = "prune"
+REACH = 1.5  # how many channels may go, of each that does; beyond, squared errors give up some that only few tokens need, and these much
 
 
 def slice_blocks(run: Pruning, surveyed: list[Surveyed], choice: Choice) -> list[dict[str, Any]]:
@@ -93,8 +96,12 @@ def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveye
             return inputs
 
         inputs = measure(tensors, scored_inputs(run, pruner, index))
+        scores: Mapping[Any, Tensor] = surveyed[index].scores
         if isinstance(method, Scored) and method.inputs == "pruned":
-            keep = keep_best(run, pruner.score(dense_block(run, index, tensors, inputs), method), keep)
+            scores = pruner.score(dense_block(run, index, tensors, inputs), method)
+            keep = keep_best(run, scores, keep)
+        if isinstance(method, Scored) and isinstance(restoration, LeastSquares) and restoration.reselect and keep.channels is not None:
+            keep = replace(keep, channels=_reselected(run, index, tensors, keep.channels, inputs, scores["channels"]))
         removed = _removed_inputs(run, index, keep)
         fitted: Weights = {}
         if isinstance(restoration, LeastSquares):
@@ -157,6 +164,22 @@ def _fit(
         ridge = config.ridge or best_ridge(weight, *measured.halves, kept)
         fitted[linear] = refit(weight, measured.gram, kept, measured.tokens, ridge, more.get(linear))
     return fitted
+
+
+def _reselected(
+    run: Pruning, index: int, tensors: dict[str, Tensor], channels: tuple[Tensor, ...], inputs: dict[str, InputStatistics], scores: Tensor
+) -> tuple[Tensor, ...]:
+    """As many FFN channels: of those with the lowest (M, I) scores, half as many again as go, those stay that can make up best for the others."""
+
+    def choose(down: str, mask: Tensor, score: Tensor) -> Tensor:
+        measured, count, width = inputs[down], int(mask.sum()), len(mask)
+        if not measured.tokens or not 0 < count < width:
+            return mask
+        may_go = ~keep_largest(score, width - round(REACH * (width - count))).to(run.stream.device)
+        return choose_inputs(run.stream.weight(tensors, index, down), measured.gram, may_go, count, measured.tokens).cpu()
+
+    mlps = run.stream.architecture.mlps(run.stream.source.config, index)
+    return tuple(choose(mlp.down, mask, score) for mlp, mask, score in zip(mlps, channels, scores, strict=True))
 
 
 def _removed_inputs(run: Pruning, index: int, keep: Keep) -> dict[str, Tensor]:

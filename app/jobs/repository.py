@@ -374,9 +374,9 @@ def find_artifact(session: Session, tenant_id: str, job_id: str, path: str) -> A
 
 
 def _stored(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as workers of this release and of the one before read it: that one knows only two limits, and a ridge that is a number; what isn't used is left out."""
+    """The recipe as workers of this release and of the one before read it: that one knows only two limits, a ridge that is a number, and no `reselect`; what isn't used is left out."""
     limits = {name for name, field in Limits.model_fields.items() if getattr(recipe.limits, name) == field.default} - {"max_attempts", "max_runtime"}
     unused = {"limits": limits}
-    if isinstance(recipe.restoration, LeastSquares) and recipe.restoration.ridge is None:
-        unused["restoration"] = {"ridge"}
+    if isinstance(recipe.restoration, LeastSquares):
+        unused["restoration"] = {name for name in ("ridge", "reselect") if getattr(recipe.restoration, name) == LeastSquares.model_fields[name].default}
     return recipe.model_dump(mode="json", include=set(Recipe.model_fields), exclude=unused)

@@ -576,6 +576,27 @@ def test_an_ffn_takes_back_what_the_blocks_before_it_lost(text: Path, tmp_path: 
     assert errors[1][1] < 0.95 * errors[0][1]
 
 
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [("llama", {"name": "cfsp"}), ("llama", {"name": "flap", "units": "ffn"}), ("gpt2", {"name": "cfsp"}), ("mixtral", {"name": "cfsp"})],
+)
+def test_of_low_scores_those_channels_go_that_others_can_make_up_for(model_type: str, method: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "dense", model_type, hidden=32, ffn=96)
+    calibration = {"source": str(text), "samples": 64, "sequence_length": 32}
+    tokens = random_windows(tokenize(folder, str(text), {}), recipe_of("cfsp", 0.4, text, calibration=calibration).calibration)
+    errors, kept = [], []
+    for reselect in (False, True):
+        restoration = {"name": "least_squares", "ridge": 0.5, "drift": 0.0, "reselect": reselect}
+        result, pruned = prune_folder(folder, recipe_of(method, 0.4, text, restoration=restoration, calibration=calibration), tmp_path / str(reselect))
+        check_result(folder, result, pruned, tmp_path / f"scratch-{reselect}")
+        with torch.no_grad():
+            states = [load_model(place)(tokens, output_hidden_states=True).hidden_states[1] for place in (folder, pruned.folder)]
+        errors.append(float((states[0] - states[1]).square().mean()))
+        kept.append(BlockStream(result).tensors(result.tensors))
+    assert errors[1] < 0.98 * errors[0]
+    assert {name: tensor.shape for name, tensor in kept[0].items()} == {name: tensor.shape for name, tensor in kept[1].items()}
+
+
 @pytest.mark.parametrize("sparsity", [0.5, "2:4"])
 def test_swaps_bring_outputs_nearer_to_the_dense_blocks(sparsity: Any, text: Path, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "dense", "qwen2")

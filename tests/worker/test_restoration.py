@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.restoration import RIDGE, RIDGES, SKETCH, best_ridge, refit
+from worker.restoration import RIDGE, RIDGES, SKETCH, best_ridge, choose_inputs, refit
 
 
 def correlated(tokens: int, inputs: int, seed: int = 0) -> Tensor:
@@ -52,6 +52,46 @@ def test_what_should_come_out_besides_is_fitted_too() -> None:
     penalty = 0.5 * 7 / 200 * float(x.double().square().mean())
     restored = refit(weight, gram_of(x), KEEP, 200, 0.5, more)
     torch.testing.assert_close(restored.double(), least_squares(weight, x, KEEP, penalty, besides), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("tokens", "count", "protected"), [(200, 6, None), (200, 6, 0), (200, 1, 3), (12, 4, 1), (200, 10, None)])
+def test_what_is_given_up_next_is_what_the_others_make_up_for_best(tokens: int, count: int, protected: int | None) -> None:
+    """Each time all that may go are tried, and everything is fitted anew to what the dense linear gives."""
+    x, weight = correlated(tokens, 10).double(), weight_of(6, 10).double()
+    penalty = 10 / tokens * float(x.square().mean())
+    may_go = torch.ones(10, dtype=torch.bool)
+    if protected is not None:
+        may_go[protected] = False
+
+    def error(gone: list[int]) -> float:
+        """The least ‖(W - W') x‖² / tokens + penalty · ‖W - W'‖² of those W' that have zeros where inputs are gone."""
+        keep = torch.ones(10, dtype=torch.bool)
+        keep[gone] = False
+        new = torch.zeros_like(weight)
+        new[:, keep] = least_squares(weight, x, keep, penalty)
+        return float(((weight - new) @ x.T).square().sum() / tokens + penalty * (weight - new).square().sum())
+
+    gone: list[int] = []
+    while len(gone) < 10 - count:
+        gone.append(min((number for number in range(10) if number not in {*gone, protected}), key=lambda number: error([*gone, number])))
+    kept = choose_inputs(weight.float(), gram_of(x), may_go, count, tokens)
+    assert (~kept).nonzero().flatten().tolist() == sorted(gone)
+
+
+def test_of_two_copies_one_goes_however_large() -> None:
+    x = torch.randn(400, 4, generator=torch.Generator().manual_seed(2)) * torch.tensor([9.0, 1.0, 1.0, 1.0])
+    x = torch.cat([x, x[:, :1]], dim=1)  # input 4 is input 0
+    kept = choose_inputs(weight_of(3, 5), gram_of(x), torch.ones(5, dtype=torch.bool), 4, 10**9)
+    assert kept.tolist() in ([False, True, True, True, True], [True, True, True, True, False])
+
+
+def test_inputs_that_are_always_zero_go_first() -> None:
+    x, weight = correlated(200, 10), weight_of(6, 10)
+    x[:, 7:] = 0
+    may_go = torch.arange(10) > 1
+    assert choose_inputs(weight, gram_of(x), may_go, 7, 10**9).tolist() == [True] * 7 + [False] * 3
+    assert choose_inputs(weight, torch.zeros(10, 10), may_go, 4, 0).tolist() == [True] * 4 + [False] * 6
+    assert choose_inputs(weight, torch.zeros(10, 10), may_go, 10, 0).all()
 
 
 def halves_of(x: Tensor) -> tuple[Tensor, list[int]]:
@@ -163,6 +203,7 @@ def test_the_gram_matrix_and_the_weight_are_left_as_they_are() -> None:
     weight, gram = weight_of(6, 10), gram_of(correlated(50, 10))
     before = weight.clone(), gram.clone()
     refit(weight, gram, KEEP, 50)
+    choose_inputs(weight, gram, torch.ones(10, dtype=torch.bool), 5, 50)
     assert torch.equal(weight, before[0])
     assert torch.equal(gram, before[1])
 

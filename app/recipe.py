@@ -308,8 +308,8 @@ class LeastSquares(Strict):
         description="Share of the pruned model's distance from the dense one, before an FFN, that the FFN is fitted to take back; 0 saves a pass.",
     )
     reselect: bool = Field(
-        True,
-        description="Methods that score channels give up, of those with the lowest scores, the ones that the others can make up for best. They may be half as many again as go.",
+        False,
+        description="Whether methods that score channels give up, of those with the lowest scores, half as many again as go, the ones that the others can make up for best.",
     )
 
 

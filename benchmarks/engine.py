@@ -42,8 +42,8 @@ from worker.walk import Pruned, Pruning
 REPOSITORY = HERE.parent
 PER_LAYER: dict[str, Any] = {"output": {"layout": "per_layer"}}
 RESTORED: dict[str, Any] = {"restoration": "least_squares"}
-BY_SCORE: dict[str, Any] = {"restoration": {"name": "least_squares", "reselect": False}}  # the default until the first block's channels were chosen anew
-OF_RIDGE_3: dict[str, Any] = {"restoration": {"name": "least_squares", "ridge": 3.0, "reselect": False}}  # and until the ridge was chosen for each linear
+RESELECTED: dict[str, Any] = {"restoration": {"name": "least_squares", "reselect": True}}
+OF_RIDGE_3: dict[str, Any] = {"restoration": {"name": "least_squares", "ridge": 3.0}}  # the default until it was chosen for each linear
 SWAPPED: dict[str, Any] = {"restoration": {"name": "swaps", "rounds": 10}}
 OWL: dict[str, Any] = {"allocation": "owl"}
 LAYOUTS: dict[str, dict[str, Any]] = {"per layer": PER_LAYER, "uniform": {}}
@@ -94,7 +94,10 @@ CONTENDERS = [
         Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares, 32 × 512 tokens", "cfsp", 0.2, more | RESTORED, None, 3, 32)
         for layout, more in LAYOUTS.items()
     ),
-    Contender(RESTORATION, "CFSP, uniform, FFN 20%, least squares, channels by score, 32 × 512 tokens", "cfsp", 0.2, BY_SCORE, None, 3, 32),
+    *(
+        Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares, reselected, 32 × 512 tokens", "cfsp", 0.2, more | RESELECTED, None, 3, 32)
+        for layout, more in LAYOUTS.items()
+    ),
     *(
         Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares of ridge 3, {samples} × 512 tokens", "cfsp", 0.2, more | OF_RIDGE_3, None, 3, samples)
         for samples in (32, 64)

@@ -214,7 +214,7 @@ def test_what_is_stored_a_worker_of_the_release_before_reads(api: Api) -> None:
     with api.database.reading() as session:
         assert session.get_one(Job, api.submit(queue="default", priority=3)).recipe.keys() == fields
     restored = job_rows._stored(Recipe.model_validate(RECIPE | {"method": "cfsp", "sparsity": 0.2, "restoration": "least_squares"}))
-    assert restored["restoration"] == {"name": "least_squares", "drift": 0.5}  # its ridge was a number, now it may be left out; and it chose no channels
+    assert restored["restoration"] == {"name": "least_squares", "drift": 0.5}  # its ridge was a number, now it may be left out; nor was there `reselect`
     assert Recipe.model_validate(restored).restoration == LeastSquares()
 
 

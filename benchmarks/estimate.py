@@ -39,6 +39,7 @@ LONGER = TRAINING | {"micro_batch": 2, "sequence_length": 512}
 ROWS: dict[str, dict[str, Any]] = {
     "CFSP, uniform": {"method": "cfsp", "sparsity": 0.2},
     "CFSP, per layer, least squares": {"method": "cfsp", "sparsity": 0.2, "output": {"layout": "per_layer"}, "restoration": "least_squares"},
+    "CFSP, uniform, least squares, reselected": {"method": "cfsp", "sparsity": 0.2, "restoration": {"name": "least_squares", "reselect": True}},
     "FLAP": {"method": "flap", "sparsity": 0.2},
     "Bonsai, 8 masks": {"method": {"name": "bonsai", "masks": 8, "prune_fraction": 0.1}, "sparsity": 0.1},
     "Wanda": {"method": "wanda", "sparsity": 0.5},
@@ -57,7 +58,18 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "CFSP, the recipe's own sizes": {"method": "cfsp", "sparsity": 0.3},
 }
-OF_WIDE = ("CFSP, uniform", "CFSP, per layer, least squares", "FLAP", "Wanda", "Wanda, swaps", "SparseGPT", "Magnitude, PERP", "CFSP, LoRA")
+OF_WIDE = (
+    "CFSP, uniform",
+    "CFSP, per layer, least squares",
+    "CFSP, uniform, least squares, reselected",
+    "FLAP",
+    "Wanda",
+    "Wanda, swaps",
+    "SparseGPT",
+    "Magnitude, PERP",
+    "Wanda, LoRA",
+    "CFSP, LoRA",
+)
 SAMPLE_SECONDS = 0.05
 ALLOWED = 1.25  # of what is predicted
 

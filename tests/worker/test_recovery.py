@@ -162,7 +162,7 @@ def test_weights_of_another_type_stay_of_that_type(text: Path, tmp_path: Path) -
         assert torch.equal(tensor, student.model.get_parameter(name).detach().bfloat16())
 
 
-MASKED = [  # pattern, ranks, head trained or not
+MASKED = [  # sparsity, ranks, head trained or not
     ("llama", 0.5, "importance", True),
     ("gpt2", "2:4", "equal", False),
     ("opt", 0.7, "importance", True),

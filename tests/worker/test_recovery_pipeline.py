@@ -178,12 +178,12 @@ def test_any_recovery_follows_any_pruner(
     model_type: str, method: Any, sparsity: Any, recovery: str, texts: tuple[Path, Path], unverified: None, tmp_path: Path
 ) -> None:
     source = make_checkpoint(tmp_path / "dense", model_type, layers=4)
-    config = TRAINING | EVERY_RECOVERY[recovery]
+    written = write_recipe(tmp_path, method=method, sparsity=sparsity, output={}, recovery=TRAINING | EVERY_RECOVERY[recovery]).read_bytes()
     if method == "depth" and recovery == "reconstruct":
         with pytest.raises(ValidationError, match="nothing to reconstruct"):
-            Recipe.model_validate_json(write_recipe(tmp_path, method=method, sparsity=sparsity, output={}, recovery=config).read_bytes())
+            Recipe.model_validate_json(written)
         return
-    recipe = Recipe.model_validate_json(write_recipe(tmp_path, method=method, sparsity=sparsity, output={}, recovery=config).read_bytes())
+    recipe = Recipe.model_validate_json(written)
     named = {"mine": texts[0], "other": texts[1]}
     bare = run(recipe.model_copy(update={"recovery": None}), source, tmp_path / "bare", tmp_path / "bare-work", lambda event: None, named)
     report = run(recipe, source, tmp_path / "out", tmp_path / "work", lambda event: None, named)

@@ -28,7 +28,7 @@ def adapt(student: Student, config: LoRA) -> Adapted:
             student.importance(), [sum(sum(pair) for pair in block) for block in sides], [max(min(pair) for pair in block) for block in sides], config.rank
         )
     rank_of = {name: rank for block, rank in zip(targets, ranks, strict=True) for name in block}
-    merge = (_masked if student.masks else _plain)(student, rank_of, config)
+    merge = _masked(student, rank_of, config) if student.masks else _plain(student, rank_of, config)
     head = [own_head(model)] if config.head else []
     for weight in head:
         weight.requires_grad_(True)

@@ -130,7 +130,7 @@ def phase_costs(recipe: Recipe, source: Source) -> dict[str, float]:
 
 
 def bonsai_rounds(recipe: Recipe, source: Source) -> list[float]:
-    """What a sub-model of each of Bonsai's rounds costs a token: as much as the parameters that are left, and the head. Empty for other methods."""
+    """What a sub-model of each of Bonsai's rounds costs a token on average: as much as what is left of the blocks that it runs, and the head. Empty for other methods."""
     method = recipe.method
     if not isinstance(method, Bonsai) or isinstance(recipe.sparsity, Budget):
         return []
@@ -140,7 +140,9 @@ def bonsai_rounds(recipe: Recipe, source: Source) -> list[float]:
     head = size.vocab * size.embedding
     tolerance = RELEASED_TOLERANCE if method.mode == "code" else 0
     count = max(1, math.ceil((target - tolerance) / method.prune_fraction - 1e-9))
-    return [WITH_HEAD * (whole * (1 - min(target, number * method.prune_fraction)) + head) / (whole + head) for number in range(count)]
+    starts = method.first_blocks(size.layers)
+    share = 1 - sum(starts) / (len(starts) * size.layers)
+    return [WITH_HEAD * (whole * share * (1 - min(target, number * method.prune_fraction)) + head) / (whole + head) for number in range(count)]
 
 
 def _block_macs(source: Source) -> int:

@@ -169,7 +169,7 @@ def _tensors_by_phase(recipe: Recipe, sizes: Sizes, *, on_device: bool) -> dict[
     own_cast = F32 if on_device or _item_written(recipe, sizes) != F32 else 0
 
     def passed(windows: int, length: int, cast: int = cast) -> int:
-        states = _states(sizes, windows, length) if on_device else 0
+        states = _states(sizes, windows, length, 1) if on_device else 0
         return states + max(cast * sizes.block + _activations(sizes, windows, length), head + _logits(sizes, min(length, TOKENS_PER_HEAD)))
 
     checked = round(left_of_blocks(recipe, sizes) * min(BLOCKS_CHECKED, sizes.layers) * sizes.block) + sizes.outer
@@ -197,10 +197,10 @@ def _activations(sizes: Sizes, windows: int, length: int) -> int:
     return F32 * (tokens * (3 * sizes.width + 4 * sizes.hidden) + scores)
 
 
-def _states(sizes: Sizes, windows: int, length: int) -> int:
-    """Hidden states on a device: two rooms for the embedded text, two for a pass."""
+def _states(sizes: Sizes, windows: int, length: int, begun: int) -> int:
+    """Hidden states on a device: so many that passes begin with, and two rooms for a pass."""
     room = F32 * windows * length * sizes.hidden
-    return 4 * room if room <= PASSING_BYTES else 0
+    return (begun + 2) * room if room <= PASSING_BYTES else 0
 
 
 def _logits(sizes: Sizes, tokens: int) -> int:
@@ -223,7 +223,8 @@ def _pruning(recipe: Recipe, sizes: Sizes, cast: int, *, on_device: bool) -> int
     if isinstance(recipe.method, Bonsai):
         head = _logits(sizes, min(calibration.sequence_length, TOKENS_PER_HEAD))
         if on_device:  # which holds the blocks from one sub-model to the next
-            held = sizes.item * (sizes.layers * sizes.block + sizes.head) + _states(sizes, calibration.samples, calibration.sequence_length)
+            begun = len(recipe.method.first_blocks(sizes.layers))
+            held = sizes.item * (sizes.layers * sizes.block + sizes.head) + _states(sizes, calibration.samples, calibration.sequence_length, begun)
             return held + max(surveyed, head)
         surveyed = sliced + max(surveyed + _choosing(recipe.method, sizes), head)
     in_turn = recipe.restoration is not None or (isinstance(recipe.method, Scored) and recipe.method.inputs == "pruned")
@@ -368,7 +369,9 @@ def _disk_bytes(recipe: Recipe, sizes: Sizes) -> int:
     pruning = 2 * calibrated
     if isinstance(recipe.restoration, LeastSquares) and recipe.restoration.drift:
         pruning += 3 * calibrated
-    sub_models = 4 * calibrated if isinstance(recipe.method, Bonsai) and recipe.method.masks else 0  # gone before blocks are written
+    sub_models = 0  # gone before blocks are written
+    if isinstance(recipe.method, Bonsai) and recipe.method.masks:
+        sub_models = (2 + len(recipe.method.first_blocks(sizes.layers))) * calibrated
     done, checked = pruning + _output_bytes(recipe, sizes), F32 * TOKENS_CHECKED * sizes.vocab
     if recovery is None:
         return max(done + max(evaluation, checked), pruning + sub_models)

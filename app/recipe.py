@@ -18,6 +18,7 @@ from app.strict import Strict, expand_name
 MODEL_TYPES = tuple(ARCHITECTURES)
 
 BUNDLED_TEXTS = ("c4", "wiki")
+PARTS = 4  # of a model, in one of which each of Bonsai's sub-models lacks units
 
 # A hub id ("owner/name" or "name") by the hub's own rules; a path is accepted where the caller allows one.
 MODEL_ID = re.compile(r"(?!.*(?:\.\.|--))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -214,6 +215,14 @@ class Bonsai(Structured):
         if 0 < self.masks < 8:
             raise ValueError(f"{self.masks} masks are too few to fit a model to; give 8 or more, or 0 for the prior alone")
         return self
+
+    def first_blocks(self, layers: int) -> list[int]:
+        """The first block of each part of the model: a sub-model lacks units of one part, so what the blocks before it give is computed once a round.
+
+        As released there is one part, and where each module is fitted by itself, which wants to be touched by all sub-models.
+        """
+        parts = 1 if self.mode == "code" or self.scope == "local" else min(PARTS, layers)
+        return [-(-part * layers // parts) for part in range(parts)]
 
 
 class Depth(Strict):

@@ -95,7 +95,8 @@ CONTENDERS = [
         for layout, more in LAYOUTS.items()
     ),
     *(
-        Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares, reselected, 32 × 512 tokens", "cfsp", 0.2, more | RESELECTED, None, 3, 32)
+        Contender(RESTORATION, f"CFSP, {layout}, FFN 20%, least squares, reselected, {samples} × 512 tokens", "cfsp", 0.2, more | RESELECTED, None, 3, samples)
+        for samples in (8, 32)
         for layout, more in LAYOUTS.items()
     ),
     *(

@@ -51,19 +51,19 @@ class HiddenStates:
 class StatesOnDevice:
     """The same on a GPU, for passes that nothing goes on from."""
 
-    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
-        self._rooms = torch.empty(2, *shape, device=device)
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, rooms: int = 2) -> None:
+        self._rooms = torch.empty(rooms, *shape, device=device)
 
     def open(self, block: int) -> Tensor:
         """The input of `block`, for reading or for writing."""
-        return self._rooms[block % 2]
+        return self._rooms[block % len(self._rooms)]
 
 
-def passing_states(work: Path, shape: tuple[int, int, int], device: torch.device) -> HiddenStates | StatesOnDevice:
+def passing_states(work: Path, shape: tuple[int, int, int], device: torch.device, rooms: int = 2) -> HiddenStates | StatesOnDevice:
     """Room for the hidden states of a pass that nothing goes on from: on a GPU where they are few, or else in mapped files in `work`."""
     if device.type == "cuda" and 4 * math.prod(shape) <= PASSING_BYTES:
-        return StatesOnDevice(shape, device)
-    return HiddenStates(work, shape)
+        return StatesOnDevice(shape, device, rooms)
+    return HiddenStates(work, shape, files=rooms)
 
 
 def embed_into(hidden: HiddenStates | StatesOnDevice, stream: BlockStream, tokens: Tensor) -> None:

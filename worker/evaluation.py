@@ -23,18 +23,29 @@ LARGEST_EXPONENT = 709.0  # of which the exponential is a float
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """What all models that differ in their blocks alone begin with."""
+class Begun:
+    """What models that differ only from some block on begin with."""
 
-    hidden: Tensor  # (B, T, D), the input of the first block
-    arguments: list[dict[str, Any]]  # of each block besides the hidden states
+    block: int  # the first that may differ
+    hidden: Tensor  # (B, T, D), its input
+    arguments: list[dict[str, Any]]  # of each block of the model, besides the hidden states
 
 
-def embed(stream: BlockStream, tokens: Tensor, work: Path) -> Embedded:
-    """The first block's input of (B, T) token ids, on the GPU or in a mapped file in `work`."""
-    hidden = passing_states(work, (*tokens.shape, int(stream.config.hidden_size)), stream.device)
+def embed(stream: BlockStream, tokens: Tensor, work: Path) -> Begun:
+    """What all models begin with: the first block's input of (B, T) token ids, on the GPU or in a mapped file in `work`."""
+    hidden = passing_states(work, (*tokens.shape, int(stream.config.hidden_size)), stream.device, rooms=1)
     embed_into(hidden, stream, tokens)
-    return Embedded(hidden.open(0), stream.block_arguments(tokens.shape[1]))
+    return Begun(0, hidden.open(0), stream.block_arguments(tokens.shape[1]))
+
+
+@torch.no_grad()
+def run_up_to(
+    block: int, stream: BlockStream, tokens: Tensor, begun: Begun, edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None], work: Path, scratch: Path
+) -> Begun:
+    """What models begin with that are alike before `block`. Its input lies on the GPU or in a mapped file in `work`; the other arguments are as in `run_blocks`."""
+    hidden = run_blocks(stream, tokens, scratch, edit=edit, begun=begun, end=block)
+    kept = passing_states(work, (*hidden.shape,), stream.device, rooms=1).open(0)
+    return Begun(block, kept.copy_(hidden), begun.arguments)
 
 
 def run_blocks(
@@ -43,17 +54,18 @@ def run_blocks(
     work: Path,
     done: Callable[[int], None] = lambda index: None,
     edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None] = lambda index, tensors: tensors,
-    embedded: Embedded | None = None,
+    begun: Begun | None = None,
+    end: int | None = None,
 ) -> Tensor:
-    """Last hidden states (B, T, D) of (B, T) token ids, before the final norm. They lie on the GPU or in a mapped file in `work`.
+    """Last hidden states (B, T, D) of (B, T) token ids, before the final norm, or the input of block `end`. They lie on the GPU or in a mapped file in `work`.
 
     `edit` gives each block other tensors, or None for none: the block is left out. After a block whose outputs aren't finite no other is run.
-    `embedded` is what the tokens begin with, where it was computed before; it must lie in another folder.
+    `begun` is what the tokens begin with, where it was computed before; it must lie in another folder.
     """
-    start = embedded or embed(stream, tokens, work)
+    start = begun or embed(stream, tokens, work)
     hidden = passing_states(work, (*tokens.shape, int(stream.config.hidden_size)), stream.device)
     passed = 0
-    for index in range(len(stream)):
+    for index in range(start.block, len(stream) if end is None else end):
         tensors = edit(index, stream.block_tensors(index))
         if tensors is not None:
             output = hidden.open(passed + 1)
@@ -77,13 +89,13 @@ def perplexity(
     work: Path,
     done: Callable[[int], None] = lambda index: None,
     edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None] = lambda index, tensors: tensors,
-    embedded: Embedded | None = None,
+    begun: Begun | None = None,
 ) -> float:
     """exp of the mean negative log-likelihood over (B, T) windows, each token given those before it in its window; NaN for a model that isn't finite.
 
-    `edit` and `embedded` are as in `run_blocks`.
+    `edit` and `begun` are as in `run_blocks`.
     """
-    hidden = run_blocks(stream, windows, work, done, edit, embedded)
+    hidden = run_blocks(stream, windows, work, done, edit, begun)
     if not _is_finite(hidden):
         return math.nan
     total = 0.0

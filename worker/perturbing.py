@@ -11,6 +11,7 @@ Notation: n units of a module, U units of all modules, C candidates, M masks.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 import shutil
@@ -30,7 +31,7 @@ from app.exceptions import RecipeError
 from app.recipe import Bonsai
 from worker.checkpoint import WRITTEN_AS
 from worker.choosing import Choice, possible_groups
-from worker.evaluation import Embedded, embed, perplexity
+from worker.evaluation import Begun, embed, perplexity, run_up_to
 from worker.pruners import bonsai
 from worker.pruners.base import StructuredPruner
 from worker.pruners.bonsai import Evidence, Fit
@@ -70,6 +71,7 @@ class Rounds:
     target: float  # of `whole`, to be removed
     whole: int  # parameters of the dense model without embedding and head
     costs: list[float]  # of a sub-model of each round
+    starts: list[int]  # the first block of each part of the model
 
     @property
     def released(self) -> bool:
@@ -127,7 +129,8 @@ def _open(run: Pruning, pruner: StructuredPruner, method: Bonsai, target: float)
             modules.append(Module(index, "channels", width, _cost(run, index, Keep(channels=(torch.arange(width) > 0,)))))
         if method.units != "ffn":
             modules.append(Module(index, "groups", size.kv_heads, _cost(run, index, Keep(groups=torch.arange(size.kv_heads) > 0))))
-    rounds = Rounds(run, pruner, method, modules, target, count_parameters(run.stream.source, []).non_embedding, bonsai_rounds(run.recipe, run.stream.source))
+    whole, costs = count_parameters(run.stream.source, []).non_embedding, bonsai_rounds(run.recipe, run.stream.source)
+    rounds = Rounds(run, pruner, method, modules, target, whole, costs, method.first_blocks(size.layers))
     most = sum(module.cost * (module.units - (not rounds.released)) for module in modules) / rounds.whole
     if target > most:
         raise RecipeError(
@@ -243,9 +246,9 @@ def _round(rounds: Rounds, number: int, left: list[Tensor], known: Evidence, goa
     fitted = None
     if method.masks:
         sampled = [bonsai.sampling(prior, mask) for prior, mask in zip(priors, candidates, strict=True)]
-        masks = bonsai.draw_masks(
-            sampled, candidates, goal.fraction, method.masks // 2, _generator(rounds, number, 1), rounds.released, _kinds(rounds).tolist()
-        )
+        kinds, parts = _kinds(rounds).tolist(), [_part(rounds, module) for module in rounds.modules]
+        generator = _generator(rounds, number, 1)
+        masks = bonsai.draw_masks(sampled, candidates, goal.fraction, method.masks // 2, generator, rounds.released, kinds, parts)
         perplexities = _evaluate(rounds, number, left, masks, pace, is_settled)
         fitted = weigh(perplexities)
     gone = choose(fitted.weights if fitted else (worth / costs if rounds.released else worth)[candidate])
@@ -332,14 +335,21 @@ def _evaluate(rounds: Rounds, number: int, left: list[Tensor], masks: Tensor, pa
     assert run.tokens is not None
     tokens, scratch = run.tokens, _scratch(run)
 
+    def sliced(keeps: list[Keep]) -> Callable[[int, dict[str, Tensor]], dict[str, Tensor]]:
+        return lambda index, tensors: slice_kept(run, index, tensors, keeps[index])
+
     @functools.cache
-    def embedded() -> Embedded:
-        (scratch / "embedded").mkdir(parents=True, exist_ok=True)
-        return embed(run.stream, tokens, scratch / "embedded")
+    def begun(part: int) -> Begun:
+        folder = scratch / f"before {rounds.starts[part]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if part == 0:
+            return embed(run.stream, tokens, folder)
+        return run_up_to(rounds.starts[part], run.stream, tokens, begun(part - 1), sliced(_keeps(rounds, left)), folder, scratch)
 
     def measure(mask: Tensor) -> tuple[float, float]:
-        keeps, start = _keeps(rounds, _narrowed(left, mask)), time.perf_counter()
-        value = perplexity(run.stream, tokens, scratch, edit=lambda index, tensors: slice_kept(run, index, tensors, keeps[index]), embedded=embedded())
+        start, after = time.perf_counter(), _narrowed(left, mask)
+        touched = [_part(rounds, module) for module, before, own in zip(rounds.modules, left, after, strict=True) if not own.equal(before)]
+        value = perplexity(run.stream, tokens, scratch, edit=sliced(_keeps(rounds, after)), begun=begun(min(touched, default=0)))
         return value, time.perf_counter() - start
 
     found: list[float] = []
@@ -352,14 +362,14 @@ def _evaluate(rounds: Rounds, number: int, left: list[Tensor], masks: Tensor, pa
             whole_pairs = len(found) >= LEAST_MASKS and len(found) % 2 == 0
             if whole_pairs and pace.is_over():
                 break
-            if not rounds.released and _is_checked(len(found)) and settled(found):
+            if not rounds.released and _is_checked(len(found), len(masks)) and settled(found):
                 break
     return found
 
 
-def _is_checked(count: int) -> bool:
-    """At 32, 64, 128 … masks."""
-    return count >= FIRST_CHECK and math.log2(count / FIRST_CHECK).is_integer()
+def _is_checked(count: int, total: int) -> bool:
+    """At 32, 64, 128 … masks, as long as to end there saves a third of them; less isn't worth what they would tell, nor that no one knows how long a round will take."""
+    return count >= FIRST_CHECK and math.log2(count / FIRST_CHECK).is_integer() and 3 * count <= 2 * total
 
 
 @dataclass(frozen=True)
@@ -421,6 +431,11 @@ def _kinds(rounds: Rounds) -> Tensor:
     """0 for each module of FFN channels, 1 for one of KV groups; 0 for all where there is one kind."""
     first = rounds.modules[0].unit
     return torch.tensor([module.unit != first for module in rounds.modules]).long()
+
+
+def _part(rounds: Rounds, module: Module) -> int:
+    """The part of the model that a module is in."""
+    return bisect.bisect(rounds.starts, module.block) - 1
 
 
 def _generator(rounds: Rounds, number: int, purpose: int) -> torch.Generator:

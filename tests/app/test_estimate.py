@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from app.counting import count_parameters
 from app.estimate import bonsai_rounds, estimate, phase_costs
 from app.recipe import Recipe
 from app.source import Source, read_source
@@ -49,7 +50,10 @@ def test_bonsai_s_rounds_get_cheaper_and_all_its_sub_models_count(source: Source
     recipe = recipe_of(method={"name": "bonsai", "masks": 10, "prune_fraction": 0.1}, sparsity=0.25)
     rounds = bonsai_rounds(recipe, source)
     assert len(rounds) == 3
-    assert rounds[0] == 1.5
+    counted, head = count_parameters(source, []).non_embedding, 320 * 32
+    assert rounds[0] == pytest.approx(1.5 * (counted * 2 / 3 + head) / (counted + head))  # of three blocks, those from the first, the second or the third on
+    of_one_part = recipe_of(method={"name": "bonsai", "masks": 10, "prune_fraction": 0.1, "scope": "local"}, sparsity=0.25)
+    assert bonsai_rounds(of_one_part, source)[0] == 1.5
     assert rounds == sorted(rounds, reverse=True)
     told = estimate(recipe, source)
     assert (told.rounds, told.sub_models) == (3, 30)

@@ -306,7 +306,8 @@ def test_sub_models_below_a_gap_are_broken() -> None:
     assert bonsai.broken(torch.tensor([*sound, -6.9, -4.28, -7.1, -4.31])).nonzero().flatten().tolist() == [6, 8]
     assert not bonsai.broken(torch.tensor([*sound, -4.55])).any()
     assert not bonsai.broken(torch.tensor([-4.2, -4.3, -7.0, -7.1, -7.2])).any()  # more than half: nothing tells which are sound
-    assert bonsai.broken(torch.tensor([-4.2, -4.2, -4.2, -4.3])).tolist() == [False] * 3 + [True]
+    assert bonsai.broken(torch.tensor([-4.2, -4.2, -4.2, -4.8])).tolist() == [False] * 3 + [True]
+    assert not bonsai.broken(torch.tensor([-4.2, -4.2, -4.2, -4.6])).any()
 
 
 def test_suspects_are_lacking_in_broken_sub_models_alone() -> None:

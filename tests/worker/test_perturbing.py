@@ -25,7 +25,7 @@ from worker.blocks import BlockStream
 from worker.checkpoint import finish
 from worker.choosing import Choice
 from worker.data import random_windows, tokenize
-from worker.evaluation import embed, perplexity, run_blocks
+from worker.evaluation import Begun, embed, perplexity, run_blocks, run_up_to
 from worker.perturbing import choose_in_rounds
 from worker.pipeline import target_of
 from worker.pruners import bonsai
@@ -161,6 +161,7 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
             generator,
             False,
             [0, 1] * LAYERS,
+            [0, 0, 1, 1, 2, 2],
         )
         perplexities = []
         for place, mask in enumerate(masks):
@@ -216,15 +217,58 @@ def test_what_is_embedded_once_serves_every_sub_model_and_a_broken_one_ends_earl
     (tmp_path / "embedded").mkdir()
     embedded = embed(run.stream, tokens, tmp_path / "embedded")
     for _ in range(2):
-        assert perplexity(run.stream, tokens, tmp_path, embedded=embedded) == perplexity(run.stream, tokens, tmp_path / "work")
+        assert perplexity(run.stream, tokens, tmp_path, begun=embedded) == perplexity(run.stream, tokens, tmp_path / "work")
 
     def broken(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         passed.append(index)
         return {name: tensor * (math.inf if index == 1 and "down" in name else 1) for name, tensor in tensors.items()}
 
-    assert math.isnan(perplexity(run.stream, tokens, tmp_path, edit=broken, embedded=embedded))
+    assert math.isnan(perplexity(run.stream, tokens, tmp_path, edit=broken, begun=embedded))
     assert passed == [0, 1]
-    assert run_blocks(run.stream, tokens, tmp_path, edit=lambda index, tensors: None, embedded=embedded).equal(embedded.hidden)
+    assert run_blocks(run.stream, tokens, tmp_path, edit=lambda index, tensors: None, begun=embedded).equal(embedded.hidden)
+
+
+def test_what_blocks_before_a_part_give_is_computed_once_for_all_its_sub_models(folder: Path, text: Path, tmp_path: Path) -> None:
+    run = open_run(folder, recipe_of(text), tmp_path / "work")
+    tokens, passed = run.tokens, []
+    assert tokens is not None
+
+    def edit(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        passed.append(index)
+        return {name: tensor * (index + 1) / LAYERS for name, tensor in tensors.items()}
+
+    for name in ("embedded", "begun"):
+        (tmp_path / name).mkdir()
+    begun = run_up_to(2, run.stream, tokens, embed(run.stream, tokens, tmp_path / "embedded"), edit, tmp_path / "begun", tmp_path)
+    assert passed == [0, 1]
+    value = perplexity(run.stream, tokens, tmp_path, edit=edit, begun=begun)
+    assert passed == [0, 1, 2]
+    assert perplexity(run.stream, tokens, tmp_path, edit=edit) == value
+    assert perplexity(run.stream, tokens, tmp_path, edit=edit, begun=begun) == value
+
+
+@pytest.mark.parametrize(("method", "parts"), [({}, 4), ({"mode": "code"}, 1), ({"scope": "local", "units": "ffn"}, 1)])
+def test_a_pair_of_sub_models_lacks_units_of_one_part_of_the_model(
+    method: dict[str, Any], parts: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part in its turn, and no block before it runs again."""
+    monkeypatch.setattr(bonsai, "EPOCHS", 1)
+    begun_at: list[int] = []
+    recipe = recipe_of(text, 0.1, masks=16, **method)
+
+    def watched(stream: BlockStream, tokens: Tensor, work: Path, *, edit: Any, begun: Begun) -> float:
+        def lacks_units(index: int) -> bool:
+            dense = stream.block_tensors(index)
+            return any(tensor.shape != dense[name].shape for name, tensor in edit(index, dense).items())
+
+        lacks = [index for index in range(6) if lacks_units(index)]
+        begun_at.append(begun.block)
+        assert {index * parts // 6 for index in lacks} == {begun.block * parts // 6}
+        return perplexity(stream, tokens, work, edit=edit, begun=begun)
+
+    monkeypatch.setattr(perturbing, "perplexity", watched)
+    choose(make_dense(tmp_path / "dense", "llama", layers=6), recipe, tmp_path / "work")
+    assert begun_at == ([0, 0, 2, 2, 3, 3, 5, 5] * 2 if parts == 4 else [0] * 16)
 
 
 # --------------------------------------------------------- whole modules that go
@@ -371,10 +415,10 @@ class Clock:
         monkeypatch.setattr("time.perf_counter", lambda: self.now)
         monkeypatch.setattr(perturbing, "perplexity", self.perplexity)
 
-    def perplexity(self, stream: BlockStream, tokens: Tensor, work: Path, *, edit: Any, embedded: Any) -> float:
-        parameters = sum(tensor.numel() for index in range(len(stream)) for tensor in edit(index, stream.block_tensors(index)).values())
-        self.now += (parameters + 320 * HIDDEN) * 1e-4
-        return self._value(parameters)
+    def perplexity(self, stream: BlockStream, tokens: Tensor, work: Path, *, edit: Any, begun: Begun) -> float:
+        of_blocks = [sum(tensor.numel() for tensor in edit(index, stream.block_tensors(index)).values()) for index in range(len(stream))]
+        self.now += (sum(of_blocks[begun.block :]) + 320 * HIDDEN) * 1e-4
+        return self._value(sum(of_blocks))
 
 
 def test_the_eta_after_the_first_round_is_right_within_a_quarter(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,6 +460,8 @@ def test_a_round_ends_once_half_of_its_masks_choose_the_same(folder: Path, text:
     Clock(monkeypatch, lambda parameters: 5.0)  # nothing to learn, so the prior chooses
     _, _, run = choose(folder, recipe_of(text, 0.2, masks=100), tmp_path / "bayesian")
     assert [facts["masks"] for facts in facts_of(run)] == [32, 32]
+    _, _, run = choose(folder, recipe_of(text, 0.2, masks=46), tmp_path / "too few would be saved")
+    assert [facts["masks"] for facts in facts_of(run)] == [46, 46]
     monkeypatch.setattr(bonsai, "EPOCHS", 1)
     _, _, run = choose(folder, recipe_of(text, 0.1, masks=40, mode="code"), tmp_path / "code")
     assert [facts["masks"] for facts in facts_of(run)] == [40]
@@ -432,7 +478,7 @@ def test_broken_sub_models_do_not_break_a_round(value: float, folder: Path, text
 # ---------------------------------------------------------------- durability
 
 
-@pytest.mark.parametrize("time_budget", [None, 250.0])
+@pytest.mark.parametrize("time_budget", [None, 200.0])
 def test_killed_at_any_mask_a_job_loses_one_and_ends_bit_identical(
     time_budget: float | None, folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

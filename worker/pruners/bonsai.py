@@ -9,6 +9,8 @@ candidates; masks remove some of them; a linear model from masks to utilities gi
   mask. The released masks remove half of each module's candidates each time, so no linear model can tell one module's units, or one kind's, from another's; and
   where a module has one candidate, as attention with few KV groups has, all such modules lose theirs in the same masks.
 - The utility is -log perplexity; -perplexity is a regression on its outliers.
+- A pair of masks touches one part of the model, a run of its blocks, and the parts take turns: what the blocks before a part give is computed once a round, and
+  what one part's modules are worth doesn't blur what another's are.
 - Where a module's candidates are more than 2p of it, as one of three KV groups is, most masks spare it: a sub-model without half of all those is too far from
   what a round may leave for its utility to tell of anything else.
 - Sub-models that are broken, as they lack what the model can't do without, tell of nothing else: the linear model leaves them out, and what only they lack goes last.
@@ -43,7 +45,7 @@ FOLDS = 5
 MOST_PERPLEXITY = 1e8  # a broken sub-model's
 LEAST_PAIRS = 8  # tell something of kinds and modules; with fewer, the prior ranks
 EARLIER_PAIRS = 200  # of earlier rounds count at most, the latest ones; the time of a fit grows with their cube
-BROKEN = 4.0  # standard deviations, see `broken`
+BROKEN, LEAST_GAP = 4.0, 0.5  # standard deviations, and of log perplexity, see `broken`
 SLOPE_SPREAD = 100.0  # variance of the common slope before anything is known, in variances of the utilities: any slope is possible
 EVIDENCE_STEPS = 400
 SETTLING = 20  # steps after which a module may get a variance of its own …
@@ -170,19 +172,22 @@ def draw_masks(
     generator: torch.Generator,
     released: bool = False,
     kinds: Sequence[int] | None = None,
+    parts: Sequence[int] | None = None,
 ) -> Tensor:
     """Random masks in pairs: of each module's candidates, what one of a pair removes, the other keeps. Each (n,), each (n,) bool -> (2·pairs, U) bool.
 
     A pair draws k of a module's candidates without replacement. By default k is anything from half to all, and a coin decides which of the two loses them. The
     coins of one kind of module (`kinds`: each module's number; None: all are alike) are equally unfair within a pair, by a share drawn for it from 0 to 1: with
     fair ones both masks would remove about as much of a kind as a whole, and nothing would tell what it is worth. Where the candidates are more than 2p of a
-    module, as one of three KV groups is, only so many pairs touch it that p of it is removed on average. As released, k = int(p·n) + 1, at most all candidates,
+    module, as one of three KV groups is, only so many pairs touch it that p of it is removed on average. The parts of the model (`parts`: each module's; None: there
+    is one) take turns: a pair touches one. As released, k = int(p·n) + 1, at most all candidates,
     and the first of each pair loses them. Fixed units always stay. All tensors are the CPU's.
     """
-    kinds = kinds or [0] * len(candidates)
+    kinds, parts = kinds or [0] * len(candidates), parts or [0] * len(candidates)
+    turn = torch.arange(pairs) % (max(parts) + 1)
     lean = torch.rand(pairs, max(kinds) + 1, generator=generator)
     columns = []
-    for probability, candidate, kind in zip(probabilities, candidates, kinds, strict=True):
+    for probability, candidate, kind, part in zip(probabilities, candidates, kinds, parts, strict=True):
         count = int(candidate.sum())
         # The k smallest of Exp(1) / q are k draws without replacement (Efraimidis and Spirakis 2006).
         keys = torch.empty(pairs, count, dtype=torch.float64).exponential_(generator=generator) / probability[candidate]
@@ -197,6 +202,7 @@ def draw_masks(
         touched = 2 * prune_fraction * len(candidate) / max(count, 1)
         if not released and touched < 1:
             both |= torch.rand(pairs, 1, 1, generator=generator) >= touched
+        both |= (turn != part).view(-1, 1, 1)
         masks[:, candidate] = both.view(2 * pairs, count)
         columns.append(masks)
     return torch.cat(columns, dim=1)
@@ -219,10 +225,10 @@ def kendall_tau(one: Tensor, other: Tensor) -> Tensor:
 
 
 def broken(utility: Tensor) -> Tensor:
-    """Which sub-models lack what the model can't do without: those below a gap of BROKEN deviations of the better ones, at most half. (M,) -> (M,) bool."""
+    """Which sub-models lack what the model can't do without: those below a gap of LEAST_GAP and of BROKEN deviations of the better ones, at most half. (M,) -> (M,) bool."""
     ordered = utility.sort(descending=True).values
     for better in range((len(ordered) + 1) // 2, len(ordered)):
-        if ordered[better - 1] - ordered[better] > BROKEN * ordered[:better].std():
+        if ordered[better - 1] - ordered[better] > max(LEAST_GAP, BROKEN * float(ordered[:better].std())):
             return utility < ordered[better - 1]
     return torch.zeros_like(utility, dtype=torch.bool)
 

@@ -319,7 +319,7 @@ class LeastSquares(Strict):
     reselect: bool = Field(
         False,
         description="Whether methods that score channels give up, of those with the lowest scores, half as many again as go, the ones that the others can make up for best. "
-        "On SmolLM2-135M without 20% of its FFNs that takes the perplexity from 40.6 to 40.2, from 41.9 to 41.6 with layers alike; wide FFNs take minutes a block on a CPU.",
+        "On SmolLM2-135M without 20% of its FFNs that takes the perplexity from 40.6 to 40.2, from 41.9 to 41.6 with layers alike; the time it takes grows with the cube of an FFN's width.",
     )
 
 

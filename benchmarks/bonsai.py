@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ SAMPLES, LENGTH = 4, 256
 FRACTIONS = (0.2, 0.5)
 OTHER_SEEDS = (1, 2)
 TIMED_FRACTION = 0.2
+FEWER_MASKS = 16
 WATCHED = ("inference", "pruning", "gradient")
 PREFILL_TOKENS, CONTEXT_TOKENS, DECODE_TOKENS, TURNS = 512, 128, 64, 3
 
@@ -401,11 +402,11 @@ def tokens_per_second(model: Any, text: Tensor) -> tuple[float, float]:
 
 
 def speed(setting: Setting) -> None:
-    """Seconds of each round, at equal numbers of sub-models: the engine in both modes, and the released algorithm on a resident model."""
-    code = named("Bonsai, authors' mode")
-    for name, contender in (("engine, authors' mode", code), ("engine", named("Bonsai"))):
+    """Seconds of each round: the engine in both modes and the released algorithm on a resident model, of equal numbers of sub-models; and the engine with fewer."""
+    code, ours, fewer = named("Bonsai, authors' mode"), named("Bonsai"), replace(setting, masks=FEWER_MASKS)
+    for name, contender, asked in (("engine, authors' mode", code, setting), ("engine", ours, setting), ("engine, fewer sub-models", ours, fewer)):
         if setting.rows.search(name):
-            recipe = setting.recipe(contender, TIMED_FRACTION)
+            recipe = asked.recipe(contender, TIMED_FRACTION)
             with tempfile.TemporaryDirectory() as folder:
                 pruned, clock = prune_into(Path(folder), setting, recipe)
                 keep_row("speed", {"name": name, **clock.rounds(), **measured(pruned.folder, setting)})

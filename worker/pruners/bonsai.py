@@ -180,8 +180,8 @@ def draw_masks(
     coins of one kind of module (`kinds`: each module's number; None: all are alike) are equally unfair within a pair, by a share drawn for it from 0 to 1: with
     fair ones both masks would remove about as much of a kind as a whole, and nothing would tell what it is worth. Where the candidates are more than 2p of a
     module, as one of three KV groups is, only so many pairs touch it that p of it is removed on average. The parts of the model (`parts`: each module's; None: there
-    is one) take turns: a pair touches one. As released, k = int(p·n) + 1, at most all candidates,
-    and the first of each pair loses them. Fixed units always stay. All tensors are the CPU's.
+    is one) take turns: a pair touches one. As released, k = int(p·n) + 1, at most all candidates, and the first of each pair loses them. Fixed units always stay.
+    All tensors are the CPU's.
     """
     kinds, parts = kinds or [0] * len(candidates), parts or [0] * len(candidates)
     turn = torch.arange(pairs) % (max(parts) + 1)

@@ -92,16 +92,18 @@ class BlockStream:
         return tensors
 
     @contextmanager
-    def holding_blocks(self, room: int | None = None) -> Iterator[None]:
+    def holding_blocks(self, room: int | None = None) -> Iterator[bool]:
         """Meanwhile stored tensors of blocks stay where they were read to, for many passes: so many bytes of them, or half of what is free on the GPU.
 
-        On a CPU they are mapped files anyway, and without `room` none are held.
+        On a CPU they are mapped files anyway, and without `room` none are held. Tells whether a pass will have to read any again.
         """
+        mapped = room is None and self.device.type != "cuda"
         if room is None:
-            room = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 0
+            room = 0 if mapped else torch.cuda.mem_get_info(self.device)[0] // 2
+        entries = (self.source.tensors[name] for index in range(len(self)) for name in self._names(index))
         self._room = room
         try:
-            yield
+            yield not mapped and sum(entry.end - entry.begin for entry in entries) > room
         finally:
             self._held, self._room = {}, 0
 

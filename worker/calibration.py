@@ -59,11 +59,11 @@ class StatesOnDevice:
         return self._rooms[block % len(self._rooms)]
 
 
-def passing_states(work: Path, shape: tuple[int, int, int], device: torch.device, rooms: int = 2) -> HiddenStates | StatesOnDevice:
+def passing_states(work: Path, shape: tuple[int, int, int], device: torch.device, name: str = "hidden", rooms: int = 2) -> HiddenStates | StatesOnDevice:
     """Room for the hidden states of a pass that nothing goes on from: on a GPU where they are few, or else in mapped files in `work`."""
     if device.type == "cuda" and 4 * math.prod(shape) <= PASSING_BYTES:
         return StatesOnDevice(shape, device, rooms)
-    return HiddenStates(work, shape, files=rooms)
+    return HiddenStates(work, shape, name, rooms)
 
 
 def embed_into(hidden: HiddenStates | StatesOnDevice, stream: BlockStream, tokens: Tensor) -> None:

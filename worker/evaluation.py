@@ -6,7 +6,7 @@ Notation: B windows, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ TOKENS_PER_HEAD = 256  # logits of about this many tokens are alive at once
 LARGEST_EXPONENT = 709.0  # of which the exponential is a float
 
 
+Edit = Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None]  # what a model has in the place of a block's tensors; None: the block is left out
+
+
 @dataclass(frozen=True)
 class Begun:
     """What models that differ only from some block on begin with."""
@@ -29,6 +32,14 @@ class Begun:
     block: int  # the first that may differ
     hidden: Tensor  # (B, T, D), its input
     arguments: list[dict[str, Any]]  # of each block of the model, besides the hidden states
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model that is made of the stored one's blocks on their way."""
+
+    edit: Edit
+    begun: Begun
 
 
 def embed(stream: BlockStream, tokens: Tensor, work: Path) -> Begun:
@@ -39,43 +50,47 @@ def embed(stream: BlockStream, tokens: Tensor, work: Path) -> Begun:
 
 
 @torch.no_grad()
-def run_up_to(
-    block: int, stream: BlockStream, tokens: Tensor, begun: Begun, edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None], work: Path, scratch: Path
-) -> Begun:
-    """What models begin with that are alike before `block`. Its input lies on the GPU or in a mapped file in `work`; the other arguments are as in `run_blocks`."""
-    hidden = run_blocks(stream, tokens, scratch, edit=edit, begun=begun, end=block)
+def run_up_to(block: int, stream: BlockStream, start: Variant, work: Path, scratch: Path) -> Begun:
+    """What variants begin with that are `start` before `block`. Its input lies on the GPU or in a mapped file in `work`; `start` begins in yet another folder."""
+    hidden = _run(stream, scratch, [start], end=block)[0]
     kept = passing_states(work, (*hidden.shape,), stream.device, rooms=1).open(0)
-    return Begun(block, kept.copy_(hidden), begun.arguments)
+    return Begun(block, kept.copy_(hidden), start.begun.arguments)
 
 
 def run_blocks(
-    stream: BlockStream,
-    tokens: Tensor,
-    work: Path,
-    done: Callable[[int], None] = lambda index: None,
-    edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None] = lambda index, tensors: tensors,
-    begun: Begun | None = None,
-    end: int | None = None,
+    stream: BlockStream, tokens: Tensor, work: Path, done: Callable[[int], None] = lambda index: None, edit: Edit = lambda index, tensors: tensors
 ) -> Tensor:
-    """Last hidden states (B, T, D) of (B, T) token ids, before the final norm, or the input of block `end`. They lie on the GPU or in a mapped file in `work`.
+    """Last hidden states (B, T, D) of (B, T) token ids, before the final norm. They lie on the GPU or in a mapped file in `work`."""
+    return _run(stream, work, [Variant(edit, embed(stream, tokens, work))], done)[0]
 
-    `edit` gives each block other tensors, or None for none: the block is left out. After a block whose outputs aren't finite no other is run.
-    `begun` is what the tokens begin with, where it was computed before; it must lie in another folder.
+
+def _run(
+    stream: BlockStream, work: Path, variants: Sequence[Variant], done: Callable[[int], None] = lambda index: None, end: int | None = None
+) -> list[Tensor]:
+    """Last hidden states of each variant, or its input of block `end`. A block is read once for all of them.
+
+    After a block whose outputs aren't finite no other is run.
     """
-    start = begun or embed(stream, tokens, work)
-    hidden = passing_states(work, (*tokens.shape, int(stream.config.hidden_size)), stream.device)
-    passed = 0
-    for index in range(start.block, len(stream) if end is None else end):
-        tensors = edit(index, stream.block_tensors(index))
-        if tensors is not None:
-            output = hidden.open(passed + 1)
-            forward(stream.materialise(index, tensors), start.arguments[index], hidden.open(passed) if passed else start.hidden, output)
+    rooms = [passing_states(work, (*variant.begun.hidden.shape,), stream.device, f"hidden{number or ''}") for number, variant in enumerate(variants)]
+    hidden, passed = [variant.begun.hidden for variant in variants], [0] * len(variants)
+    running = set(range(len(variants)))
+    for index in range(min(variant.begun.block for variant in variants), len(stream) if end is None else end):
+        stored = stream.block_tensors(index)
+        for number in sorted(running):
+            begun = variants[number].begun
+            tensors = variants[number].edit(index, stored) if index >= begun.block else None
+            if tensors is None:
+                continue
+            passed[number] += 1
+            source, hidden[number] = hidden[number], rooms[number].open(passed[number])
+            forward(stream.materialise(index, tensors), begun.arguments[index], source, hidden[number])
             stream.drop(index)
-            passed += 1
-            if not _is_finite(output):
-                break
+            if not _is_finite(hidden[number]):
+                running.remove(number)
+        if not running:
+            break
         done(index)
-    return hidden.open(passed) if passed else start.hidden
+    return hidden
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -84,26 +99,30 @@ def _is_finite(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def perplexity(
-    stream: BlockStream,
-    windows: Tensor,
-    work: Path,
-    done: Callable[[int], None] = lambda index: None,
-    edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None] = lambda index, tensors: tensors,
-    begun: Begun | None = None,
+    stream: BlockStream, windows: Tensor, work: Path, done: Callable[[int], None] = lambda index: None, edit: Edit = lambda index, tensors: tensors
 ) -> float:
-    """exp of the mean negative log-likelihood over (B, T) windows, each token given those before it in its window; NaN for a model that isn't finite.
+    """exp of the mean negative log-likelihood over (B, T) windows, each token given those before it in its window; NaN for a model that isn't finite."""
+    return _perplexity_of(stream, windows, run_blocks(stream, windows, work, done, edit), math.inf)
 
-    `edit` and `begun` are as in `run_blocks`.
-    """
-    hidden = run_blocks(stream, windows, work, done, edit, begun)
+
+@torch.no_grad()
+def perplexities(stream: BlockStream, windows: Tensor, work: Path, variants: Sequence[Variant], most: float) -> list[float]:
+    """`perplexity` of each variant; inf, and no more of it is computed, once it is certain to be above `most`."""
+    return [_perplexity_of(stream, windows, hidden, most) for hidden in _run(stream, work, variants)]
+
+
+def _perplexity_of(stream: BlockStream, windows: Tensor, hidden: Tensor, most: float) -> float:
+    """Of (B, T) windows that leave the blocks as (B, T, D)."""
     if not _is_finite(hidden):
         return math.nan
-    total = 0.0
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    total, limit = 0.0, predicted * min(math.log(most), LARGEST_EXPONENT)
     for states, window in zip(hidden, windows, strict=True):  # (T, D), (T,)
         for part, targets in zip(states[:-1].split(TOKENS_PER_HEAD), window[1:].split(TOKENS_PER_HEAD), strict=True):
             total += float(cross_entropy(stream.logits(part), targets.to(stream.device), reduction="sum"))
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
-    return math.exp(mean) if mean < LARGEST_EXPONENT else math.inf
+            if total > limit:  # no other token can lower it
+                return math.inf
+    return math.exp(total / predicted)
 
 
 @torch.no_grad()
@@ -111,7 +130,7 @@ def logits(
     stream: BlockStream,
     tokens: Tensor,
     work: Path,
-    edit: Callable[[int, dict[str, Tensor]], dict[str, Tensor] | None] = lambda index, tensors: tensors,
+    edit: Edit = lambda index, tensors: tensors,
 ) -> Tensor:
-    """(B, T) token ids -> (B, T, V) logits on the CPU; `edit` is as in `run_blocks`."""
+    """(B, T) token ids -> (B, T, V) logits on the CPU."""
     return torch.stack([stream.logits(states).cpu() for states in run_blocks(stream, tokens, work, edit=edit)])

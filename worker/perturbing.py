@@ -16,7 +16,7 @@ import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,14 +28,15 @@ from torch import Tensor
 from app.counting import count_parameters
 from app.estimate import bonsai_rounds
 from app.exceptions import RecipeError
+from app.footprint import PASSING_BYTES
 from app.recipe import Bonsai
 from worker.checkpoint import WRITTEN_AS
 from worker.choosing import Choice, possible_groups
-from worker.evaluation import Begun, embed, perplexity, run_up_to
+from worker.evaluation import Begun, Edit, Variant, embed, perplexities, run_up_to
 from worker.pruners import bonsai
 from worker.pruners.base import StructuredPruner
 from worker.pruners.bonsai import Evidence, Fit
-from worker.slicing import slice_kept
+from worker.slicing import slice_aligned, slice_kept
 from worker.state import ROUNDS
 from worker.structured import Keep
 from worker.survey import survey
@@ -43,6 +44,7 @@ from worker.walk import Pruning, RoundStep
 
 WALK = ROUNDS
 LEAST_MASKS = 8  # are evaluated whatever time they take
+MASKS_AT_ONCE = 8  # at most
 FIRST_CHECK = 32  # masks after which a round is first asked whether its choice is stable
 
 
@@ -331,12 +333,30 @@ def _priors(rounds: Rounds, number: int, left: Sequence[Tensor], pace: Pace) -> 
 
 def _evaluate(rounds: Rounds, number: int, left: list[Tensor], masks: Tensor, pace: Pace, settled: Callable[[list[float]], bool]) -> list[float]:
     """Perplexities of sub-models, (M, U) bool: of all masks, or of the first of them where these settle the round or its time is over."""
-    run = rounds.run
-    assert run.tokens is not None
-    tokens, scratch = run.tokens, _scratch(run)
+    stream = rounds.run.stream
+    found: list[float] = []
+    with stream.holding_blocks() as reads_again:
+        for value, seconds in _measured(rounds, number, left, masks, _at_once(rounds.run) if reads_again else 1):
+            found.append(value)
+            pace.add(seconds)
+            pace.tell(len(found), len(stream))
+            whole_pairs = len(found) >= LEAST_MASKS and len(found) % 2 == 0
+            if whole_pairs and pace.is_over():
+                break
+            if not rounds.released and _is_checked(len(found), len(masks)) and settled(found):
+                break
+    return found
 
-    def sliced(keeps: list[Keep]) -> Callable[[int, dict[str, Tensor]], dict[str, Tensor]]:
-        return lambda index, tensors: slice_kept(run, index, tensors, keeps[index])
+
+def _measured(rounds: Rounds, number: int, left: list[Tensor], masks: Tensor, at_once: int) -> Iterator[tuple[float, float]]:
+    """Perplexity and seconds of one sub-model after the other, (M, U) bool; what wasn't measured by an earlier attempt is by so many at once."""
+    run, scratch = rounds.run, _scratch(rounds.run)
+    assert run.tokens is not None
+    tokens = run.tokens
+
+    def sliced(left: list[Tensor]) -> Edit:
+        keeps = _keeps(rounds, left)
+        return lambda index, tensors: slice_aligned(run, index, tensors, keeps[index])
 
     @functools.cache
     def begun(part: int) -> Begun:
@@ -344,27 +364,27 @@ def _evaluate(rounds: Rounds, number: int, left: list[Tensor], masks: Tensor, pa
         folder.mkdir(parents=True, exist_ok=True)
         if part == 0:
             return embed(run.stream, tokens, folder)
-        return run_up_to(rounds.starts[part], run.stream, tokens, begun(part - 1), sliced(_keeps(rounds, left)), folder, scratch)
+        return run_up_to(rounds.starts[part], run.stream, Variant(sliced(left), begun(part - 1)), folder, scratch)
 
-    def measure(mask: Tensor) -> tuple[float, float]:
-        start, after = time.perf_counter(), _narrowed(left, mask)
+    def variant(mask: Tensor) -> Variant:
+        after = _narrowed(left, mask)
         touched = [_part(rounds, module) for module, before, own in zip(rounds.modules, left, after, strict=True) if not own.equal(before)]
-        value = perplexity(run.stream, tokens, scratch, edit=sliced(_keeps(rounds, after)), begun=begun(min(touched, default=0)))
-        return value, time.perf_counter() - start
+        return Variant(sliced(after), begun(min(touched, default=0)))
 
-    found: list[float] = []
-    with run.stream.holding_blocks():
-        for place, mask in enumerate(masks):
-            value, seconds = run.state.figure(f"round {number}, mask {place}", functools.partial(measure, mask))
-            found.append(value)
-            pace.add(seconds)
-            pace.tell(len(found), len(run.stream))
-            whole_pairs = len(found) >= LEAST_MASKS and len(found) % 2 == 0
-            if whole_pairs and pace.is_over():
-                break
-            if not rounds.released and _is_checked(len(found), len(masks)) and settled(found):
-                break
-    return found
+    def measure(places: dict[str, int], missing: list[str]) -> list[tuple[float, float]]:
+        start = time.perf_counter()
+        values = perplexities(run.stream, tokens, scratch, [variant(masks[places[name]]) for name in missing], bonsai.MOST_PERPLEXITY)
+        return [(value, (time.perf_counter() - start) / len(missing)) for value in values]
+
+    for first in range(0, len(masks), at_once):
+        places = {f"round {number}, mask {place}": place for place in range(first, min(first + at_once, len(masks)))}
+        yield from run.state.figures([*places], functools.partial(measure, places))
+
+
+def _at_once(run: Pruning) -> int:
+    """Sub-models for which a block is read once, where reading takes the time: their hidden states lie on the GPU. A kill loses them all, but little time."""
+    assert run.tokens is not None
+    return max(1, min(MASKS_AT_ONCE, PASSING_BYTES // (2 * 4 * run.tokens.numel() * int(run.stream.config.hidden_size))))
 
 
 def _is_checked(count: int, total: int) -> bool:

@@ -26,6 +26,7 @@ from worker.survey import Surveyed, dense_block, scored_inputs
 from worker.walk import Pruning, facts, hidden_states, next_inputs, read_block, stored, write_block, write_outer
 
 WALK = "prune"
+ALIGNMENT = 8  # channels; on a CPU, products of other widths take a fifth longer
 REACH = 1.5  # how many channels may go, of each that does; beyond, squared errors give up some that only few tokens need, and these much
 
 
@@ -69,6 +70,23 @@ def slice_kept(run: Pruning, index: int, tensors: dict[str, Tensor], keep: Keep)
 
 def _one_at_least(mask: Tensor) -> Tensor:
     return mask if mask.any() else torch.arange(len(mask)) == 0
+
+
+def slice_aligned(run: Pruning, index: int, tensors: dict[str, Tensor], keep: Keep) -> dict[str, Tensor]:
+    """`slice_kept`, but an FFN keeps a few more channels, up to a multiple of ALIGNMENT, whose outgoing weights are zero: it computes the same, and sooner."""
+    if keep.channels is None:
+        return slice_kept(run, index, tensors, keep)
+    architecture, padded = run.stream.architecture, tuple(_aligned(mask) for mask in keep.channels)
+    sliced = slice_kept(run, index, tensors, replace(keep, channels=padded))
+    for mlp, mask, more in zip(architecture.mlps(run.stream.source.config, index), keep.channels, padded, strict=True):
+        weight = sliced[f"{architecture.block_prefix(index)}{mlp.down}.weight"]
+        weight.index_fill_(0 if architecture.transposed else 1, (~mask[more]).nonzero().squeeze(1).to(weight.device), 0)
+    return sliced
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    more = (~mask).nonzero().squeeze(1)[: -int(mask.sum()) % ALIGNMENT]
+    return mask.index_fill(0, more, True)
 
 
 def slice_in_turn(run: Pruning, pruner: StructuredPruner, surveyed: list[Surveyed], choice: Choice, done: Callable[[int], None]) -> list[dict[str, Any]]:

@@ -203,13 +203,17 @@ def test_blocks_are_held_while_asked_for_and_as_long_as_there_is_room(tmp_path: 
         once.clear()  # what a caller does with them is its own
         return all(tensor is stream.block_tensors(index).get(name) for name, tensor in again.items())
 
-    with stream.holding_blocks(size + 1):
+    with stream.holding_blocks(size + 1) as reads_again:
+        assert reads_again
         assert held(0)
         assert not held(1)
         assert all(torch.equal(tensor, stream.block_tensors(0)[name]) for name, tensor in first.items())
     assert not held(0)
-    with stream.holding_blocks():
+    with stream.holding_blocks() as reads_again:
+        assert not reads_again  # a mapped file counts as held
         assert held(0) == (stream.device.type == "cuda")
+    with stream.holding_blocks(size * len(stream)) as reads_again:
+        assert not reads_again
 
 
 def test_the_next_blocks_bytes_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,12 +25,12 @@ from worker.blocks import BlockStream
 from worker.checkpoint import finish
 from worker.choosing import Choice
 from worker.data import random_windows, tokenize
-from worker.evaluation import Begun, embed, perplexity, run_blocks, run_up_to
+from worker.evaluation import Variant, embed, perplexities, perplexity, run_up_to
 from worker.perturbing import choose_in_rounds
 from worker.pipeline import target_of
 from worker.pruners import bonsai
 from worker.pruning import prune
-from worker.slicing import slice_blocks
+from worker.slicing import slice_aligned, slice_blocks, slice_kept
 from worker.state import WalkState
 from worker.structured import Keep
 from worker.survey import Surveyed
@@ -216,16 +216,43 @@ def test_what_is_embedded_once_serves_every_sub_model_and_a_broken_one_ends_earl
     assert tokens is not None
     (tmp_path / "embedded").mkdir()
     embedded = embed(run.stream, tokens, tmp_path / "embedded")
+    dense = Variant(lambda index, tensors: tensors, embedded)
+    alone = perplexity(run.stream, tokens, tmp_path / "work")
     for _ in range(2):
-        assert perplexity(run.stream, tokens, tmp_path, begun=embedded) == perplexity(run.stream, tokens, tmp_path / "work")
+        assert perplexities(run.stream, tokens, tmp_path, [dense], math.inf) == [alone]
 
     def broken(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         passed.append(index)
         return {name: tensor * (math.inf if index == 1 and "down" in name else 1) for name, tensor in tensors.items()}
 
-    assert math.isnan(perplexity(run.stream, tokens, tmp_path, edit=broken, begun=embedded))
+    found = perplexities(run.stream, tokens, tmp_path, [Variant(broken, embedded), dense], math.inf)
+    assert math.isnan(found[0])
+    assert found[1] == alone
     assert passed == [0, 1]
-    assert run_blocks(run.stream, tokens, tmp_path, edit=lambda index, tensors: None, begun=embedded).equal(embedded.hidden)
+    without_blocks = Variant(lambda index, tensors: None, embedded)
+    assert run_up_to(LAYERS, run.stream, without_blocks, tmp_path / "work", tmp_path).hidden.equal(embedded.hidden)
+
+
+def test_what_is_certain_to_be_beyond_a_limit_is_not_computed_to_its_end(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(folder, recipe_of(text), tmp_path / "work")
+    tokens, parts = run.tokens, []
+    assert tokens is not None
+    of_stream = run.stream.logits
+
+    def counted(hidden: Tensor) -> Tensor:
+        parts.append(len(hidden))
+        return of_stream(hidden)
+
+    (tmp_path / "embedded").mkdir()
+    dense = Variant(lambda index, tensors: tensors, embed(run.stream, tokens, tmp_path / "embedded"))
+    value = perplexity(run.stream, tokens, tmp_path / "work")
+    monkeypatch.setattr(run.stream, "logits", counted)
+    assert perplexities(run.stream, tokens, tmp_path, [dense], value * 1.001) == [value]
+    assert len(parts) == len(tokens)
+    assert perplexities(run.stream, tokens, tmp_path, [dense], value * 0.999) == [math.inf]  # which shows at the last window
+    assert len(parts) == 2 * len(tokens)
+    assert perplexities(run.stream, tokens, tmp_path, [dense], value**0.2) == [math.inf]
+    assert len(parts) == 2 * len(tokens) + 1
 
 
 def test_what_blocks_before_a_part_give_is_computed_once_for_all_its_sub_models(folder: Path, text: Path, tmp_path: Path) -> None:
@@ -239,12 +266,72 @@ def test_what_blocks_before_a_part_give_is_computed_once_for_all_its_sub_models(
 
     for name in ("embedded", "begun"):
         (tmp_path / name).mkdir()
-    begun = run_up_to(2, run.stream, tokens, embed(run.stream, tokens, tmp_path / "embedded"), edit, tmp_path / "begun", tmp_path)
+    embedded = Variant(edit, embed(run.stream, tokens, tmp_path / "embedded"))
+    begun = Variant(edit, run_up_to(2, run.stream, embedded, tmp_path / "begun", tmp_path))
     assert passed == [0, 1]
-    value = perplexity(run.stream, tokens, tmp_path, edit=edit, begun=begun)
+    [value] = perplexities(run.stream, tokens, tmp_path, [begun], math.inf)
     assert passed == [0, 1, 2]
-    assert perplexity(run.stream, tokens, tmp_path, edit=edit) == value
-    assert perplexity(run.stream, tokens, tmp_path, edit=edit, begun=begun) == value
+    assert perplexities(run.stream, tokens, tmp_path, [embedded], math.inf) == [value]
+    assert perplexities(run.stream, tokens, tmp_path, [begun], math.inf) == [value]
+
+
+def test_a_block_is_read_once_for_sub_models_that_run_side_by_side(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a GPU can't hold the model: the same perplexities and the same choice; what an attempt that ran them one by one had measured isn't measured again."""
+    read: list[int] = []
+    block_tensors = BlockStream.block_tensors
+
+    def counted(stream: BlockStream, index: int) -> dict[str, Tensor]:
+        read.append(index)
+        return block_tensors(stream, index)
+
+    def chosen(work: Path, told: Callable[[RoundStep], None] = lambda step: None) -> tuple[list[Tensor], list[list[float]], int]:
+        read.clear()
+        keeps, _, run = choose(folder, recipe_of(text), work, told)
+        return left_of(keeps), perplexities_of(work, run), len(read)
+
+    def perplexities_of(work: Path, run: Pruning) -> list[list[float]]:
+        names = [[f"round {number}, mask {place}" for place in range(12)] for number in range(3)]
+        return [[run.state.figure(name, lambda: pytest.fail("not measured"))[0] for name in of_round] for of_round in names]
+
+    def die(step: RoundStep) -> None:
+        if step.number == 2 and step.done == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(BlockStream, "block_tensors", counted)
+    alone, values, reads = chosen(tmp_path / "alone")
+    with pytest.raises(KeyboardInterrupt):
+        chosen(tmp_path / "killed", die)
+    holding = BlockStream.holding_blocks
+    monkeypatch.setattr(BlockStream, "holding_blocks", lambda stream: holding(stream, room=0))
+    together, same, fewer = chosen(tmp_path / "together")
+    assert same == values
+    assert fewer < reads / 2  # those of the priors among them
+    again, same, fewest = chosen(tmp_path / "killed")
+    assert same == values
+    assert fewest < fewer
+    for mask, other, third in zip(together, again, alone, strict=True):
+        assert mask.equal(other)
+        assert mask.equal(third)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "phi3"])
+def test_sub_models_have_widths_that_are_quick_to_multiply_and_compute_the_same(model_type: str, text: Path, tmp_path: Path) -> None:
+    run = open_run(make_dense(tmp_path / "dense", model_type), recipe_of(text, more={}, units="ffn"), tmp_path / "work")
+    tokens, stream, architecture = run.tokens, run.stream, run.stream.architecture
+    assert tokens is not None
+    (tmp_path / "embedded").mkdir()
+    embedded, dense = embed(stream, tokens, tmp_path / "embedded"), stream.block_tensors(0)
+    width, down = architecture.ffn_width(stream.source.config, 0), f"{architecture.block_prefix(0)}{architecture.mlp.down}.weight"
+    for lost in (1, 5, 9, width - 3, width):
+        keep = Keep(channels=(torch.arange(width) * 7 % width >= lost,))
+        exact = Variant(lambda index, tensors, keep=keep: slice_kept(run, index, tensors, keep), embedded)  # type: ignore[misc]  # the default binds the loop's value
+        aligned = Variant(lambda index, tensors, keep=keep: slice_aligned(run, index, tensors, keep), embedded)  # type: ignore[misc]
+        whole = Variant(lambda index, tensors: tensors, embedded)
+        values = perplexities(stream, tokens, tmp_path, [exact, aligned, whole], math.inf)
+        assert values[1] == pytest.approx(values[0], rel=1e-6)
+        assert values[2] != pytest.approx(values[0], rel=1e-5)
+        found = slice_aligned(run, 0, dense, keep)[down].numel() // HIDDEN
+        assert found == (min(math.ceil((width - lost) / 8) * 8, width) if lost < width else 1)
 
 
 @pytest.mark.parametrize(("method", "parts"), [({}, 4), ({"mode": "code"}, 1), ({"scope": "local", "units": "ffn"}, 1)])
@@ -256,17 +343,19 @@ def test_a_pair_of_sub_models_lacks_units_of_one_part_of_the_model(
     begun_at: list[int] = []
     recipe = recipe_of(text, 0.1, masks=16, **method)
 
-    def watched(stream: BlockStream, tokens: Tensor, work: Path, *, edit: Any, begun: Begun) -> float:
+    def watched(stream: BlockStream, tokens: Tensor, work: Path, variants: list[Variant], most: float) -> list[float]:
+        [variant] = variants
+
         def lacks_units(index: int) -> bool:
             dense = stream.block_tensors(index)
-            return any(tensor.shape != dense[name].shape for name, tensor in edit(index, dense).items())
+            return any(not torch.equal(tensor, dense[name]) for name, tensor in (variant.edit(index, dense) or {}).items())
 
         lacks = [index for index in range(6) if lacks_units(index)]
-        begun_at.append(begun.block)
-        assert {index * parts // 6 for index in lacks} == {begun.block * parts // 6}
-        return perplexity(stream, tokens, work, edit=edit, begun=begun)
+        begun_at.append(variant.begun.block)
+        assert {index * parts // 6 for index in lacks} == {variant.begun.block * parts // 6}
+        return perplexities(stream, tokens, work, variants, most)
 
-    monkeypatch.setattr(perturbing, "perplexity", watched)
+    monkeypatch.setattr(perturbing, "perplexities", watched)
     choose(make_dense(tmp_path / "dense", "llama", layers=6), recipe, tmp_path / "work")
     assert begun_at == ([0, 0, 2, 2, 3, 3, 5, 5] * 2 if parts == 4 else [0] * 16)
 
@@ -413,11 +502,11 @@ class Clock:
         self.now = 0.0
         self._value = value
         monkeypatch.setattr("time.perf_counter", lambda: self.now)
-        monkeypatch.setattr(perturbing, "perplexity", self.perplexity)
+        monkeypatch.setattr(perturbing, "perplexities", lambda stream, tokens, work, variants, most: [self.perplexity(stream, variant) for variant in variants])
 
-    def perplexity(self, stream: BlockStream, tokens: Tensor, work: Path, *, edit: Any, begun: Begun) -> float:
-        of_blocks = [sum(tensor.numel() for tensor in edit(index, stream.block_tensors(index)).values()) for index in range(len(stream))]
-        self.now += (sum(of_blocks[begun.block :]) + 320 * HIDDEN) * 1e-4
+    def perplexity(self, stream: BlockStream, variant: Variant) -> float:
+        of_blocks = [sum(tensor.numel() for tensor in (variant.edit(index, stream.block_tensors(index)) or {}).values()) for index in range(len(stream))]
+        self.now += (sum(of_blocks[variant.begun.block :]) + 320 * HIDDEN) * 1e-4
         return self._value(sum(of_blocks))
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def test_when_a_key_was_used_is_noted(api: Api) -> None:
         keys.note_use()
         keys.note_use()
         assert len([statement for statement in seen if "last_used_at" in statement and statement.startswith("UPDATE")]) == 1
-    assert api.get(f"/v1/keys/{made['id']}").json()["last_used_at"] >= made["created_at"]
+    assert datetime.fromisoformat(api.get(f"/v1/keys/{made['id']}").json()["last_used_at"]) >= datetime.fromisoformat(made["created_at"])
 
 
 def test_a_key_revoked_in_another_process_ends_in_time(roots: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 
 import pytest
 from sqlalchemy import event
@@ -70,7 +71,8 @@ def test_a_job_that_changed_is_told_anew(api: Api, tenant: str) -> None:
     assert first is not None
     assert second is not None
     assert second.version == first.version + 1
-    assert json.loads(second.body)["updated_at"] > json.loads(first.body)["updated_at"]
+    earlier, later = (datetime.fromisoformat(json.loads(told.body)["updated_at"]) for told in (first, second))
+    assert later > earlier
     assert not second.finished
     api.fail(job_id)
     (third,) = find(jobs, tenant, job_id)

@@ -201,7 +201,8 @@ def test_what_happens_to_a_job_is_told_and_signed(api: Api, receiver: Receiver, 
     delivered = wait_for_log(api, webhook, "delivered", "delivered")
     assert [item["id"] for item in delivered] == [message.id for message in messages]
     assert [(item["tries"], item["last_status"], item["last_error"], item["next_at"]) for item in delivered] == [(1, 204, None, None)] * 2
-    assert all(item["delivered_at"] >= item["created_at"] for item in delivered)
+    moment = datetime.datetime.fromisoformat
+    assert all(moment(item["delivered_at"]) >= moment(item["created_at"]) for item in delivered)
 
 
 def test_every_end_of_a_job_is_told_whoever_brought_it_about(api: Api, receiver: Receiver, tmp_path: Path) -> None:

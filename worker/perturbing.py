@@ -1,7 +1,8 @@
 """Bonsai's rounds: random sub-models of what is left of the model are evaluated, and the units go that they miss least. The maths are in pruners/bonsai.py.
 
 Between rounds there are only masks over the dense model's units: a sub-model is the stored model, its blocks sliced on their way. What a round removes follows
-from its prior and from the perplexities of its sub-models, which are recorded one by one, so a killed job loses one of them at most.
+from its prior and from the perplexities of its sub-models, which are recorded one by one, so a killed job loses one of them at most. Only where a GPU can't hold
+the blocks, several share a reading of them and are recorded together.
 
 With layers alike (the uniform layout, or the local scope) every module of a kind loses the same number of units, on a straight way to the last round's numbers.
 Otherwise all compete, and only parameters count.
@@ -382,7 +383,7 @@ def _measured(rounds: Rounds, number: int, left: list[Tensor], masks: Tensor, at
 
 
 def _at_once(run: Pruning) -> int:
-    """Sub-models for which a block is read once, where reading takes the time: their hidden states lie on the GPU. A kill loses them all, but little time."""
+    """Sub-models for which a block is read once, where reading takes the time: so many that their hidden states may stay on the GPU."""
     assert run.tokens is not None
     return max(1, min(MASKS_AT_ONCE, PASSING_BYTES // (2 * 4 * run.tokens.numel() * int(run.stream.config.hidden_size))))
 

@@ -182,7 +182,14 @@ def _bonsai(results: dict[str, Any]) -> list[str]:
             for row in parts["speed"]
         ]
         head = ("", *ROUNDS, "seconds in all", "a sub-model", "times as fast as naive", "perplexity")
-        lines += ["", "### Time of 20%, beside the released algorithm on a resident model with masks multiplied in", "", *RELEASED_FIT, "", *_table(head, timed)]
+        lines += [
+            "",
+            "### Time of 20%, beside the released algorithm on a resident model with masks multiplied in",
+            "",
+            *RELEASED_FIT,
+            "",
+            *_table(head, timed),
+        ]
     if "memory" in parts:
         plain = next((row["bytes"] for row in parts["memory"] if row["name"] == "inference"), None)
         peaks = [(row["name"], f"{row['bytes'] / 1e6:.0f}", "" if plain is None else f"{row['bytes'] / plain:.2f}") for row in parts["memory"]]

@@ -320,7 +320,7 @@ def test_hidden_states_on_a_device_pass_as_those_in_files(text: Path, tmp_path: 
     windows = leading_windows(tokenize(folder, str(text), {}), Evaluation(source=str(text), windows=5, sequence_length=40))
     stream = BlockStream(read_source(folder))
     value = perplexity(stream, windows, tmp_path)
-    monkeypatch.setattr(evaluation, "passing_states", lambda work, shape, device, rooms=2: StatesOnDevice(shape, device, rooms))
+    monkeypatch.setattr(evaluation, "passing_states", lambda work, shape, device, name="hidden", rooms=2: StatesOnDevice(shape, device, rooms))
     assert perplexity(stream, windows, tmp_path / "none") == value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -324,8 +325,7 @@ def test_sub_models_have_widths_that_are_quick_to_multiply_and_compute_the_same(
     width, down = architecture.ffn_width(stream.source.config, 0), f"{architecture.block_prefix(0)}{architecture.mlp.down}.weight"
     for lost in (1, 5, 9, width - 3, width):
         keep = Keep(channels=(torch.arange(width) * 7 % width >= lost,))
-        exact = Variant(lambda index, tensors, keep=keep: slice_kept(run, index, tensors, keep), embedded)  # type: ignore[misc]  # the default binds the loop's value
-        aligned = Variant(lambda index, tensors, keep=keep: slice_aligned(run, index, tensors, keep), embedded)  # type: ignore[misc]
+        exact, aligned = (Variant(functools.partial(cut, run, keep=keep), embedded) for cut in (slice_kept, slice_aligned))
         whole = Variant(lambda index, tensors: tensors, embedded)
         values = perplexities(stream, tokens, tmp_path, [exact, aligned, whole], math.inf)
         assert values[1] == pytest.approx(values[0], rel=1e-6)

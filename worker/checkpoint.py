@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -64,11 +65,19 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     _write_safetensors(path, tensors, {"format": "pt"})
 
 
-def _write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_lasting(path: Path, tensors: Mapping[str, Tensor], facts: str = "") -> None:
+    """The same of a state that no hash is kept of: whole or not at all after a power cut too."""
+    _write_safetensors(path, tensors, {"facts": facts}, lasting=True)
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], *, lasting: bool = False) -> None:
     # safetensors writes metadata in a random order, so a file with more than one entry would not be the same twice.
     assert len(metadata) == 1
     part = path.with_name(f".{path.name}.part")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+    if lasting:
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
     part.rename(path)
 
 

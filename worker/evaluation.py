@@ -52,7 +52,7 @@ def embed(stream: BlockStream, tokens: Tensor, work: Path) -> Begun:
 @torch.no_grad()
 def run_up_to(block: int, stream: BlockStream, start: Variant, work: Path, scratch: Path) -> Begun:
     """What variants begin with that are `start` before `block`. Its input lies on the GPU or in a mapped file in `work`; `start` begins in yet another folder."""
-    hidden = _run(stream, scratch, [start], end=block)[0]
+    hidden = run_variants(stream, scratch, [start], end=block)[0]
     kept = passing_states(work, (*hidden.shape,), stream.device, rooms=1).open(0)
     return Begun(block, kept.copy_(hidden), start.begun.arguments)
 
@@ -61,13 +61,18 @@ def run_blocks(
     stream: BlockStream, tokens: Tensor, work: Path, done: Callable[[int], None] = lambda index: None, edit: Edit = lambda index, tensors: tensors
 ) -> Tensor:
     """Last hidden states (B, T, D) of (B, T) token ids, before the final norm. They lie on the GPU or in a mapped file in `work`."""
-    return _run(stream, work, [Variant(edit, embed(stream, tokens, work))], done)[0]
+    return run_variants(stream, work, [Variant(edit, embed(stream, tokens, work))], lambda index, _: done(index))[0]
 
 
-def _run(
-    stream: BlockStream, work: Path, variants: Sequence[Variant], done: Callable[[int], None] = lambda index: None, end: int | None = None
+@torch.no_grad()
+def run_variants(
+    stream: BlockStream,
+    work: Path,
+    variants: Sequence[Variant],
+    done: Callable[[int, Sequence[Tensor]], None] = lambda index, hidden: None,
+    end: int | None = None,
 ) -> list[Tensor]:
-    """Last hidden states of each variant, or its input of block `end`. A block is read once for all of them.
+    """Last hidden states of each variant, (B, T, D), or its input of block `end`. A block is read once for all of them; `done` is told it, and what they are then.
 
     After a block whose outputs aren't finite no other is run.
     """
@@ -89,7 +94,7 @@ def _run(
                 running.remove(number)
         if not running:
             break
-        done(index)
+        done(index, hidden)
     return hidden
 
 
@@ -102,17 +107,12 @@ def perplexity(
     stream: BlockStream, windows: Tensor, work: Path, done: Callable[[int], None] = lambda index: None, edit: Edit = lambda index, tensors: tensors
 ) -> float:
     """exp of the mean negative log-likelihood over (B, T) windows, each token given those before it in its window; NaN for a model that isn't finite."""
-    return _perplexity_of(stream, windows, run_blocks(stream, windows, work, done, edit), math.inf)
+    return perplexity_of(stream, windows, run_blocks(stream, windows, work, done, edit))
 
 
 @torch.no_grad()
-def perplexities(stream: BlockStream, windows: Tensor, work: Path, variants: Sequence[Variant], most: float) -> list[float]:
-    """`perplexity` of each variant; inf, and no more of it is computed, once it is certain to be above `most`."""
-    return [_perplexity_of(stream, windows, hidden, most) for hidden in _run(stream, work, variants)]
-
-
-def _perplexity_of(stream: BlockStream, windows: Tensor, hidden: Tensor, most: float) -> float:
-    """Of (B, T) windows that leave the blocks as (B, T, D)."""
+def perplexity_of(stream: BlockStream, windows: Tensor, hidden: Tensor, most: float = math.inf) -> float:
+    """The same of (B, T) windows that have left the blocks as (B, T, D); inf, and no more is computed, once it is certain to be above `most`."""
     if not _is_finite(hidden):
         return math.nan
     predicted = windows.shape[0] * (windows.shape[1] - 1)

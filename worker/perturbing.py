@@ -1,8 +1,7 @@
 """Bonsai's rounds: random sub-models of what is left of the model are evaluated, and the units go that they miss least. The maths are in pruners/bonsai.py.
 
 Between rounds there are only masks over the dense model's units: a sub-model is the stored model, its blocks sliced on their way. What a round removes follows
-from its prior and from the perplexities of its sub-models, which are recorded one by one, so a killed job loses one of them at most. Only where a GPU can't hold
-the blocks, several share a reading of them and are recorded together.
+from its prior and from the perplexities of its sub-models, which are recorded one by one.
 
 With layers alike (the uniform layout, or the local scope) every module of a kind loses the same number of units, on a straight way to the last round's numbers.
 Otherwise all compete, and only parameters count.
@@ -16,8 +15,7 @@ import bisect
 import functools
 import math
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,23 +27,22 @@ from torch import Tensor
 from app.counting import count_parameters
 from app.estimate import bonsai_rounds
 from app.exceptions import RecipeError
-from app.footprint import PASSING_BYTES
 from app.recipe import Bonsai
 from worker.checkpoint import WRITTEN_AS
 from worker.choosing import Choice, possible_groups
-from worker.evaluation import Begun, Edit, Variant, embed, perplexities, run_up_to
+from worker.evaluation import Edit
 from worker.pruners import bonsai
 from worker.pruners.base import StructuredPruner
 from worker.pruners.bonsai import Evidence, Fit
 from worker.slicing import slice_aligned, slice_kept
 from worker.state import ROUNDS
 from worker.structured import Keep
+from worker.submodels import SubModel, evaluated, scratch_of
 from worker.survey import survey
 from worker.walk import Pruning, RoundStep
 
 WALK = ROUNDS
 LEAST_MASKS = 8  # are evaluated whatever time they take
-MASKS_AT_ONCE = 8  # at most
 FIRST_CHECK = 32  # masks after which a round is first asked whether its choice is stable
 
 
@@ -117,7 +114,7 @@ def choose_in_rounds(run: Pruning, pruner: StructuredPruner, method: Bonsai, tar
         save_file(masks | {"evidence.kept": known.kept, "evidence.utility": known.utility}, _file(run, number))
         run.state.finish_block(WALK, [_file(run, number)], facts)
         records = run.state.blocks(WALK)
-    shutil.rmtree(_scratch(run), ignore_errors=True)
+    shutil.rmtree(scratch_of(run), ignore_errors=True)
     keeps: list[Keep | None] = [*_keeps(rounds, left)]
     return Choice(keeps), _notes(rounds, left)
 
@@ -335,9 +332,16 @@ def _priors(rounds: Rounds, number: int, left: Sequence[Tensor], pace: Pace) -> 
 def _evaluate(rounds: Rounds, number: int, left: list[Tensor], masks: Tensor, pace: Pace, settled: Callable[[list[float]], bool]) -> list[float]:
     """Perplexities of sub-models, (M, U) bool: of all masks, or of the first of them where these settle the round or its time is over."""
     stream = rounds.run.stream
+
+    def sub_model(place: int, mask: Tensor) -> SubModel:
+        after = _narrowed(left, mask)
+        lacking = [_part(rounds, module) for module, before, own in zip(rounds.modules, left, after, strict=True) if not own.equal(before)]
+        return SubModel(f"round {number}, mask {place}", _sliced(rounds, after), min(lacking, default=0))
+
+    sub_models = (sub_model(place, mask) for place, mask in enumerate(masks))
     found: list[float] = []
     with stream.holding_blocks() as reads_again:
-        for value, seconds in _measured(rounds, number, left, masks, _at_once(rounds.run) if reads_again else 1):
+        for value, seconds in evaluated(rounds.run, _sliced(rounds, left), sub_models, rounds.starts, side_by_side=reads_again):
             found.append(value)
             pace.add(seconds)
             pace.tell(len(found), len(stream))
@@ -349,43 +353,10 @@ def _evaluate(rounds: Rounds, number: int, left: list[Tensor], masks: Tensor, pa
     return found
 
 
-def _measured(rounds: Rounds, number: int, left: list[Tensor], masks: Tensor, at_once: int) -> Iterator[tuple[float, float]]:
-    """Perplexity and seconds of one sub-model after the other, (M, U) bool; what wasn't measured by an earlier attempt is by so many at once."""
-    run, scratch = rounds.run, _scratch(rounds.run)
-    assert run.tokens is not None
-    tokens = run.tokens
-
-    def sliced(left: list[Tensor]) -> Edit:
-        keeps = _keeps(rounds, left)
-        return lambda index, tensors: slice_aligned(run, index, tensors, keeps[index])
-
-    @functools.cache
-    def begun(part: int) -> Begun:
-        folder = scratch / f"before {rounds.starts[part]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        if part == 0:
-            return embed(run.stream, tokens, folder)
-        return run_up_to(rounds.starts[part], run.stream, Variant(sliced(left), begun(part - 1)), folder, scratch)
-
-    def variant(mask: Tensor) -> Variant:
-        after = _narrowed(left, mask)
-        touched = [_part(rounds, module) for module, before, own in zip(rounds.modules, left, after, strict=True) if not own.equal(before)]
-        return Variant(sliced(after), begun(min(touched, default=0)))
-
-    def measure(places: dict[str, int], missing: list[str]) -> list[tuple[float, float]]:
-        start = time.perf_counter()
-        values = perplexities(run.stream, tokens, scratch, [variant(masks[places[name]]) for name in missing], bonsai.MOST_PERPLEXITY)
-        return [(value, (time.perf_counter() - start) / len(missing)) for value in values]
-
-    for first in range(0, len(masks), at_once):
-        places = {f"round {number}, mask {place}": place for place in range(first, min(first + at_once, len(masks)))}
-        yield from run.state.figures([*places], functools.partial(measure, places))
-
-
-def _at_once(run: Pruning) -> int:
-    """Sub-models for which a block is read once, where reading takes the time: so many that their hidden states may stay on the GPU."""
-    assert run.tokens is not None
-    return max(1, min(MASKS_AT_ONCE, PASSING_BYTES // (2 * 4 * run.tokens.numel() * int(run.stream.config.hidden_size))))
+def _sliced(rounds: Rounds, left: Sequence[Tensor]) -> Edit:
+    """The model less what isn't left, on its way."""
+    run, keeps = rounds.run, _keeps(rounds, left)
+    return lambda index, tensors: slice_aligned(run, index, tensors, keeps[index])
 
 
 def _is_checked(count: int, total: int) -> bool:
@@ -542,11 +513,6 @@ def _notes(rounds: Rounds, left: Sequence[Tensor]) -> list[str]:
     if gone:
         notes.append(f"Nothing stays of the {', '.join(gone)}: one unit is stored, with outgoing weights of zero, so that the model loads.")
     return notes
-
-
-def _scratch(run: Pruning) -> Path:
-    """Where sub-models keep hidden states."""
-    return run.state.work / "sub-models"
 
 
 def _file(run: Pruning, number: int) -> Path:

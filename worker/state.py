@@ -120,15 +120,13 @@ class WalkState:
 
     def figure(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` gives (JSON), or gave in an earlier attempt."""
-        return self.figures([name], lambda _: [measure()])[0]
-
-    def figures(self, names: Sequence[str], measure: Callable[[list[str]], Sequence[Any]]) -> list[Any]:
-        """The same of some that are measured together; `measure` is given the names of those that weren't yet."""
-        missing = [name for name in names if name not in self._figures]
-        if missing:
-            self._figures.update(zip(missing, measure(missing), strict=True))
+        if name not in self._figures:
+            self._figures[name] = measure()
             self._save()
-        return [self._figures[name] for name in names]
+        return self._figures[name]
+
+    def has_figure(self, name: str) -> bool:
+        return name in self._figures
 
     def _save(self) -> None:
         temporary = self.path.with_suffix(".tmp")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,12 +14,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from app.exceptions import RecipeError
 from app.recovery import Training
+from worker.checkpoint import write_lasting
 
 Loss = Callable[[Tensor, int], Tensor]  # (b, T) windows and the number of the first of them -> their mean loss
 HeldOutLoss = Callable[[Tensor], Tensor]  # (b, T) windows -> their mean loss
@@ -159,7 +159,7 @@ def _require_finite(loss: float, steps: int) -> None:
 def _keep_best(run: Trained, value: float, parameters: Mapping[str, nn.Parameter], work: Path) -> None:
     if run.best is None or value < run.best:
         run.best, run.worse = value, 0
-        _write(work / BEST, dict(parameters), "")
+        write_lasting(work / BEST, parameters)
     else:
         run.worse += 1
 
@@ -171,7 +171,7 @@ def _save(path: Path, run: Trained, parameters: Mapping[str, nn.Parameter], opti
     tensors["generator"] = torch.get_rng_state()
     if device.type == "cuda":
         tensors["generator_of_device"] = torch.cuda.get_rng_state(device)
-    _write(path, tensors, json.dumps(asdict(run)))
+    write_lasting(path, tensors, json.dumps(asdict(run)))
 
 
 def _restore(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device) -> Trained | None:
@@ -188,13 +188,4 @@ def _restore(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torc
         torch.set_rng_state(stored.get_tensor("generator"))
         if device.type == "cuda":
             torch.cuda.set_rng_state(stored.get_tensor("generator_of_device"), device)
-        return Trained(**json.loads(stored.metadata()["run"]))
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], run: str) -> None:
-    """Whole or not at all, also after a power cut."""
-    part = path.with_name(f".{path.name}.part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, {"run": run})
-    with part.open("rb") as stream:
-        os.fsync(stream.fileno())
-    part.replace(path)
+        return Trained(**json.loads(stored.metadata()["facts"]))

@@ -15,7 +15,7 @@ from app.models import Job, JobEvent, OutboxMessage, Worker
 from app.recipe import Recipe
 from tests import jobs
 from tests.faults.conftest import LASTING_LEASE, SERVICES, Service, family, stop
-from tests.models import make_checkpoint
+from tests.models import make_checkpoint, make_text
 
 both_services = pytest.mark.parametrize("servers", SERVICES, indirect=True)
 embedded = pytest.mark.parametrize("servers", SERVICES[:1], indirect=True)
@@ -175,6 +175,32 @@ def test_cancel_of_a_running_job_ends_its_engine(service: Service) -> None:
     assert jobs.cancel(service.database, job_id) == "cancelling"
     assert jobs.wait_until(lambda: not engine.is_running(), 60, "the engine's end") < 30
     jobs.wait_for_state(service.database, job_id, "cancelled")
+    jobs.wait_until(lambda: not service.work_directories(), 60, "the clean-up")
+    assert service.stored() == set()
+
+
+@embedded
+@pytest.mark.parametrize("lease", [{}], ids=["default lease"])
+def test_cancel_in_the_middle_of_a_round_takes_less_than_ten_seconds(service: Service) -> None:
+    """Of the real engine, between sub-models that take seconds each."""
+    make_checkpoint(service.models / "llama", "llama", layers=24, hidden=512, ffn=2048)
+    text = make_text(service.settings.home / "texts", words=20_000)
+    calibration = {"source": str(text), "samples": 4, "sequence_length": 512}
+    job_id = service.submit(model="llama", method={"name": "bonsai", "masks": 40}, sparsity=0.2, calibration=calibration)
+    worker = service.start_worker("worker.celery", text_roots=json.dumps([str(text.parent)]))
+
+    def evaluates_sub_models() -> bool:
+        job = jobs.get(service.database, job_id)
+        assert job.state in ("queued", "running"), job.error
+        return bool(job.progress.get("masks_done"))
+
+    jobs.wait_until(evaluates_sub_models, 240, "a sub-model")
+    [engine] = service.engines(worker)
+    assert jobs.cancel(service.database, job_id) == "cancelling"
+    asked = time.monotonic()
+    jobs.wait_for_state(service.database, job_id, "cancelled")
+    assert time.monotonic() - asked < 10
+    assert not engine.is_running()
     jobs.wait_until(lambda: not service.work_directories(), 60, "the clean-up")
     assert service.stored() == set()
 

@@ -234,9 +234,12 @@ def chains(given: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     draw = random.Random(0)
     fractions = {name: [draw.uniform(0, 1.2), draw.uniform(0, 1.2)] for name in RECIPES}
 
+    inputs["side by side"] = Inputs(as_if_blocks_were_read_again(given, tmp_path_factory.mktemp("read again")), given.model, given.text, RECIPES["rounds"])
+    fractions["side by side"] = [draw.uniform(0, 1) for _ in range(4)]
+
     def at_random(name: str) -> Ended:
         # What lies before the first event and after verify began is mostly imports.
-        span = futures[name].result().last.seconds_until("verify")
+        span = futures["rounds" if name == "side by side" else name].result().last.seconds_until("verify")
         return engines.chain(f"{name}-random", [(inputs[name], fraction * span) for fraction in fractions[name]], inputs[name])
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -247,12 +250,22 @@ def chains(given: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         }
         others = [(other, block(2)) for other in one_change_after_another(given, RECIPES["structured"], tmp_path_factory.mktemp("others"))]
         futures["others"] = pool.submit(engines.chain, "others", others, inputs["structured"])
-        futures |= {f"{name}-random": pool.submit(at_random, name) for name in RECIPES}
+        futures |= {f"{name}-random": pool.submit(at_random, name) for name in inputs}
         try:
             yield futures
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             engines.close()
+
+
+def as_if_blocks_were_read_again(given: Inputs, folder: Path) -> Path:
+    """Code that runs sub-models side by side, as where a GPU can't hold the model."""
+    code = shutil.copytree(given.code, folder / "code", ignore=shutil.ignore_patterns("__pycache__"))
+    module = code / "worker" / "perturbing.py"
+    source = module.read_text()
+    assert source.count("side_by_side=reads_again") == 1
+    module.write_text(source.replace("side_by_side=reads_again", "side_by_side=True"))
+    return code
 
 
 def one_change_after_another(given: Inputs, recipe: dict[str, Any], folder: Path) -> list[Inputs]:
@@ -329,6 +342,10 @@ def test_rounds_that_are_killed_end_as_undisturbed_ones(chains: dict[str, Future
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(name: str, chains: dict[str, Future[Ended]]) -> None:
     check_ended_as_undisturbed(chains[f"{name}-random"].result(), chains[name].result())
+
+
+def test_sub_models_side_by_side_that_are_killed_at_random_end_as_one_by_one(chains: dict[str, Future[Ended]]) -> None:
+    check_ended_as_undisturbed(chains["side by side-random"].result(), chains["rounds"].result())
 
 
 def test_a_perplexity_budget_holds_and_one_walk_serves_all_tries(chains: dict[str, Future[Ended]]) -> None:

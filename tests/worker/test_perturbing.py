@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -17,28 +16,22 @@ from torch import Tensor
 import espalier.loader  # noqa: F401  makes from_pretrained build per-layer widths
 from app.counting import count_parameters, sparsities
 from app.exceptions import RecipeError
-from app.recipe import Recipe
 from app.report import LayerReport
 from app.source import check_recipe, read_source
-from tests.models import load_model, make_checkpoint, make_text
-from worker import perturbing, pipeline
+from tests.models import load_model, make_text
+from tests.rounds import FFN, GROUPS, HEADS, HIDDEN, LAYERS, PER_LAYER, choose, facts_of, left_of, make_dense, open_run, recipe_of
+from worker import pipeline, submodels
 from worker.blocks import BlockStream
 from worker.checkpoint import finish
 from worker.choosing import Choice
-from worker.data import random_windows, tokenize
-from worker.evaluation import Variant, embed, perplexities, perplexity, run_up_to
-from worker.perturbing import choose_in_rounds
+from worker.evaluation import Variant
 from worker.pipeline import target_of
 from worker.pruners import bonsai
 from worker.pruning import prune
-from worker.slicing import slice_aligned, slice_blocks, slice_kept
-from worker.state import WalkState
+from worker.slicing import slice_blocks
 from worker.structured import Keep
 from worker.survey import Surveyed
-from worker.walk import Pruning, RoundStep
-
-LAYERS, HIDDEN, FFN, HEADS, GROUPS = 3, 64, 60, 8, 4
-PER_LAYER = {"output": {"layout": "per_layer"}}
+from worker.walk import RoundStep
 
 
 @pytest.fixture(scope="module")
@@ -49,48 +42,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dense(tmp_path_factory.mktemp("dense"), "llama")
-
-
-def make_dense(folder: Path, model_type: str, **more: Any) -> Path:
-    sizes: dict[str, Any] = {"layers": LAYERS, "hidden": HIDDEN, "ffn": FFN, "heads": HEADS, "kv_heads": GROUPS}
-    return make_checkpoint(folder, model_type, **(sizes | more))
-
-
-def recipe_of(text: Path, sparsity: Any = 0.3, more: dict[str, Any] = PER_LAYER, **method: Any) -> Recipe:
-    asked = {"name": "bonsai", "masks": 12, "prune_fraction": 0.12} | method
-    calibration = {"source": str(text), "samples": 3, "sequence_length": 24}
-    return Recipe.model_validate({"method": asked, "sparsity": sparsity, "calibration": calibration, "evaluation": None, **more})
-
-
-def open_run(folder: Path, recipe: Recipe, work: Path, told: Callable[[RoundStep], None] = lambda step: None) -> Pruning:
-    source = read_source(folder)
-    check_recipe(recipe, source)
-    tokens = random_windows(tokenize(folder, recipe.calibration.source, {}), recipe.calibration)
-    state = WalkState.open(work, recipe.model_dump_json())
-    return Pruning(BlockStream(source), recipe, tokens, state, lambda done, total: None, round_step=told)
-
-
-def choose(folder: Path, recipe: Recipe, work: Path, told: Callable[[RoundStep], None] = lambda step: None) -> tuple[list[Keep], list[str], Pruning]:
-    run = open_run(folder, recipe, work, told)
-    assert recipe.method.name == "bonsai"
-    choice, notes = choose_in_rounds(run, bonsai.PRUNER, recipe.method, target_of(recipe, count_parameters(run.stream.source, [])).fraction)
-    return [keep for keep in choice.keeps if keep is not None], notes, run
-
-
-def left_of(keeps: list[Keep]) -> list[Tensor]:
-    """Masks of all modules, block by block, FFN before attention."""
-    of_blocks = [
-        (
-            torch.ones(FFN, dtype=torch.bool) if keep.channels is None else keep.channels[0],
-            torch.ones(GROUPS, dtype=torch.bool) if keep.groups is None else keep.groups,
-        )
-        for keep in keeps
-    ]
-    return [mask for pair in of_blocks for mask in pair]
-
-
-def facts_of(run: Pruning) -> list[dict[str, Any]]:
-    return [record["facts"] for record in run.state.blocks(perturbing.WALK)]
 
 
 # ------------------------------------------------- against a resident model
@@ -209,155 +160,6 @@ def test_rounds_are_what_a_resident_model_with_masks_multiplied_in_gives(folder:
 def narrowed(left: list[Tensor], mask: Tensor) -> list[Tensor]:
     rest = mask.tolist()
     return [torch.tensor([bool(stays and rest.pop(0)) for stays in module.tolist()]) for module in left]
-
-
-def test_what_is_embedded_once_serves_every_sub_model_and_a_broken_one_ends_early(folder: Path, text: Path, tmp_path: Path) -> None:
-    run = open_run(folder, recipe_of(text), tmp_path / "work")
-    tokens, passed = run.tokens, []
-    assert tokens is not None
-    (tmp_path / "embedded").mkdir()
-    embedded = embed(run.stream, tokens, tmp_path / "embedded")
-    dense = Variant(lambda index, tensors: tensors, embedded)
-    alone = perplexity(run.stream, tokens, tmp_path / "work")
-    for _ in range(2):
-        assert perplexities(run.stream, tokens, tmp_path, [dense], math.inf) == [alone]
-
-    def broken(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        passed.append(index)
-        return {name: tensor * (math.inf if index == 1 and "down" in name else 1) for name, tensor in tensors.items()}
-
-    found = perplexities(run.stream, tokens, tmp_path, [Variant(broken, embedded), dense], math.inf)
-    assert math.isnan(found[0])
-    assert found[1] == alone
-    assert passed == [0, 1]
-    without_blocks = Variant(lambda index, tensors: None, embedded)
-    assert run_up_to(LAYERS, run.stream, without_blocks, tmp_path / "work", tmp_path).hidden.equal(embedded.hidden)
-
-
-def test_what_is_certain_to_be_beyond_a_limit_is_not_computed_to_its_end(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = open_run(folder, recipe_of(text), tmp_path / "work")
-    tokens, parts = run.tokens, []
-    assert tokens is not None
-    of_stream = run.stream.logits
-
-    def counted(hidden: Tensor) -> Tensor:
-        parts.append(len(hidden))
-        return of_stream(hidden)
-
-    (tmp_path / "embedded").mkdir()
-    dense = Variant(lambda index, tensors: tensors, embed(run.stream, tokens, tmp_path / "embedded"))
-    value = perplexity(run.stream, tokens, tmp_path / "work")
-    monkeypatch.setattr(run.stream, "logits", counted)
-    assert perplexities(run.stream, tokens, tmp_path, [dense], value * 1.001) == [value]
-    assert len(parts) == len(tokens)
-    assert perplexities(run.stream, tokens, tmp_path, [dense], value * 0.999) == [math.inf]  # which shows at the last window
-    assert len(parts) == 2 * len(tokens)
-    assert perplexities(run.stream, tokens, tmp_path, [dense], value**0.2) == [math.inf]
-    assert len(parts) == 2 * len(tokens) + 1
-
-
-def test_what_blocks_before_a_part_give_is_computed_once_for_all_its_sub_models(folder: Path, text: Path, tmp_path: Path) -> None:
-    run = open_run(folder, recipe_of(text), tmp_path / "work")
-    tokens, passed = run.tokens, []
-    assert tokens is not None
-
-    def edit(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        passed.append(index)
-        return {name: tensor * (index + 1) / LAYERS for name, tensor in tensors.items()}
-
-    for name in ("embedded", "begun"):
-        (tmp_path / name).mkdir()
-    embedded = Variant(edit, embed(run.stream, tokens, tmp_path / "embedded"))
-    begun = Variant(edit, run_up_to(2, run.stream, embedded, tmp_path / "begun", tmp_path))
-    assert passed == [0, 1]
-    [value] = perplexities(run.stream, tokens, tmp_path, [begun], math.inf)
-    assert passed == [0, 1, 2]
-    assert perplexities(run.stream, tokens, tmp_path, [embedded], math.inf) == [value]
-    assert perplexities(run.stream, tokens, tmp_path, [begun], math.inf) == [value]
-
-
-def test_a_block_is_read_once_for_sub_models_that_run_side_by_side(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a GPU can't hold the model: the same perplexities and the same choice; what an attempt that ran them one by one had measured isn't measured again."""
-    read: list[int] = []
-    block_tensors = BlockStream.block_tensors
-
-    def counted(stream: BlockStream, index: int) -> dict[str, Tensor]:
-        read.append(index)
-        return block_tensors(stream, index)
-
-    def chosen(work: Path, told: Callable[[RoundStep], None] = lambda step: None) -> tuple[list[Tensor], list[list[float]], int]:
-        read.clear()
-        keeps, _, run = choose(folder, recipe_of(text), work, told)
-        return left_of(keeps), perplexities_of(work, run), len(read)
-
-    def perplexities_of(work: Path, run: Pruning) -> list[list[float]]:
-        names = [[f"round {number}, mask {place}" for place in range(12)] for number in range(3)]
-        return [[run.state.figure(name, lambda: pytest.fail("not measured"))[0] for name in of_round] for of_round in names]
-
-    def die(step: RoundStep) -> None:
-        if step.number == 2 and step.done == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(BlockStream, "block_tensors", counted)
-    alone, values, reads = chosen(tmp_path / "alone")
-    with pytest.raises(KeyboardInterrupt):
-        chosen(tmp_path / "killed", die)
-    holding = BlockStream.holding_blocks
-    monkeypatch.setattr(BlockStream, "holding_blocks", lambda stream: holding(stream, room=0))
-    together, same, fewer = chosen(tmp_path / "together")
-    assert same == values
-    assert fewer < reads / 2  # those of the priors among them
-    again, same, fewest = chosen(tmp_path / "killed")
-    assert same == values
-    assert fewest < fewer
-    for mask, other, third in zip(together, again, alone, strict=True):
-        assert mask.equal(other)
-        assert mask.equal(third)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "phi3"])
-def test_sub_models_have_widths_that_are_quick_to_multiply_and_compute_the_same(model_type: str, text: Path, tmp_path: Path) -> None:
-    run = open_run(make_dense(tmp_path / "dense", model_type), recipe_of(text, more={}, units="ffn"), tmp_path / "work")
-    tokens, stream, architecture = run.tokens, run.stream, run.stream.architecture
-    assert tokens is not None
-    (tmp_path / "embedded").mkdir()
-    embedded, dense = embed(stream, tokens, tmp_path / "embedded"), stream.block_tensors(0)
-    width, down = architecture.ffn_width(stream.source.config, 0), f"{architecture.block_prefix(0)}{architecture.mlp.down}.weight"
-    for lost in (1, 5, 9, width - 3, width):
-        keep = Keep(channels=(torch.arange(width) * 7 % width >= lost,))
-        exact, aligned = (Variant(functools.partial(cut, run, keep=keep), embedded) for cut in (slice_kept, slice_aligned))
-        whole = Variant(lambda index, tensors: tensors, embedded)
-        values = perplexities(stream, tokens, tmp_path, [exact, aligned, whole], math.inf)
-        assert values[1] == pytest.approx(values[0], rel=1e-6)
-        assert values[2] != pytest.approx(values[0], rel=1e-5)
-        found = slice_aligned(run, 0, dense, keep)[down].numel() // HIDDEN
-        assert found == (min(math.ceil((width - lost) / 8) * 8, width) if lost < width else 1)
-
-
-@pytest.mark.parametrize(("method", "parts"), [({}, 4), ({"mode": "code"}, 1), ({"scope": "local", "units": "ffn"}, 1)])
-def test_a_pair_of_sub_models_lacks_units_of_one_part_of_the_model(
-    method: dict[str, Any], parts: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each part in its turn, and no block before it runs again."""
-    monkeypatch.setattr(bonsai, "EPOCHS", 1)
-    begun_at: list[int] = []
-    recipe = recipe_of(text, 0.1, masks=16, **method)
-
-    def watched(stream: BlockStream, tokens: Tensor, work: Path, variants: list[Variant], most: float) -> list[float]:
-        [variant] = variants
-
-        def lacks_units(index: int) -> bool:
-            dense = stream.block_tensors(index)
-            return any(not torch.equal(tensor, dense[name]) for name, tensor in (variant.edit(index, dense) or {}).items())
-
-        lacks = [index for index in range(6) if lacks_units(index)]
-        begun_at.append(variant.begun.block)
-        assert {index * parts // 6 for index in lacks} == {variant.begun.block * parts // 6}
-        return perplexities(stream, tokens, work, variants, most)
-
-    monkeypatch.setattr(perturbing, "perplexities", watched)
-    choose(make_dense(tmp_path / "dense", "llama", layers=6), recipe, tmp_path / "work")
-    assert begun_at == ([0, 0, 2, 2, 3, 3, 5, 5] * 2 if parts == 4 else [0] * 16)
 
 
 # --------------------------------------------------------- whole modules that go
@@ -502,7 +304,10 @@ class Clock:
         self.now = 0.0
         self._value = value
         monkeypatch.setattr("time.perf_counter", lambda: self.now)
-        monkeypatch.setattr(perturbing, "perplexities", lambda stream, tokens, work, variants, most: [self.perplexity(stream, variant) for variant in variants])
+        monkeypatch.setattr(
+            submodels, "run_variants", lambda stream, work, variants, done: [torch.tensor(self.perplexity(stream, variant)) for variant in variants]
+        )
+        monkeypatch.setattr(submodels, "perplexity_of", lambda stream, tokens, hidden, most: float(hidden))
 
     def perplexity(self, stream: BlockStream, variant: Variant) -> float:
         of_blocks = [sum(tensor.numel() for tensor in (variant.edit(index, stream.block_tensors(index)) or {}).values()) for index in range(len(stream))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from app.database import Database, db_now
 from app.dispatcher import Dispatcher
@@ -77,6 +76,16 @@ class Service:
                 process.kill()
         worker.wait()
 
+    def put_to_sleep(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """Stop all of its processes, none in the middle of a SQLite transaction: that would keep all others from writing until it wakes."""
+        processes = family(worker)
+        with self.database.writing() as session:
+            session.execute(select(1))
+            for process in processes:
+                process.suspend()
+            jobs.wait_until(lambda: {process.status() for process in processes} == {psutil.STATUS_STOPPED}, 60, "the stop", pause=0.01)
+        return processes
+
     def workers(self) -> list[Worker]:
         """The live ones, in the order of their start."""
         with self.database.reading() as session:
@@ -112,10 +121,6 @@ def command(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-def stop(process: psutil.Process) -> None:
-    process.send_signal(signal.SIGSTOP)
 
 
 @pytest.fixture(params=SERVICES)

@@ -14,7 +14,7 @@ from app.jobs.repository import insert_job
 from app.models import Job, JobEvent, OutboxMessage, Worker
 from app.recipe import Recipe
 from tests import jobs
-from tests.faults.conftest import LASTING_LEASE, SERVICES, Service, family, stop
+from tests.faults.conftest import LASTING_LEASE, SERVICES, Service
 from tests.models import make_checkpoint, make_text
 
 both_services = pytest.mark.parametrize("servers", SERVICES, indirect=True)
@@ -243,9 +243,7 @@ def test_a_worker_that_slept_past_its_lease_writes_nothing_more(service: Service
     job_id = service.submit(model=service.model(steps=12, pause=0.5))
     sleeper = service.start_worker()
     wait_for_progress(service, job_id, 0.2)
-    asleep = family(sleeper)
-    for process in asleep:
-        stop(process)
+    asleep = service.put_to_sleep(sleeper)
     service.expire(job_id)
     service.start_worker()
     jobs.wait_until(lambda: jobs.get(service.database, job_id).attempt == 2, 60, "the second attempt")

@@ -36,6 +36,7 @@ KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 FULL = re.compile(rf"os error ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EFBIG})\b")
 MAX_KEY_LENGTH = 1024  # S3's own limit
 CHUNK_BYTES = 8 * 1024 * 1024  # a part of an upload, and one request of a download, so a slow reader holds no request open
+PIECE_BYTES = 1024 * 1024  # what a download hands on at a time: a server copies it several times on its way to the socket
 PARTS_AT_ONCE = 2  # of one upload
 BUFFER_BYTES = 5 * 1024 * 1024  # the least that S3 takes as a part
 PAGE = 1000  # objects, as many as S3 lists or deletes by one request
@@ -133,12 +134,13 @@ class Store:
                     await writer.write(chunk)
 
     def get_range(self, key: str, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from `start` up to, without, `end`, in chunks."""
+        """The bytes from `start` up to, without, `end`, in pieces."""
         _check(key)
         for begin in range(start, end, CHUNK_BYTES):
             with _told():
-                chunk = obstore.get_range(self._backend, key, start=begin, end=min(begin + CHUNK_BYTES, end))
-            yield chunk.to_bytes()
+                chunk = memoryview(obstore.get_range(self._backend, key, start=begin, end=min(begin + CHUNK_BYTES, end)))
+            for piece in range(0, len(chunk), PIECE_BYTES):
+                yield bytes(chunk[piece : piece + PIECE_BYTES])
 
     def get_file(self, path: Path, *keys: str) -> str:
         """Download an object, or several one after another, into a file; its sha256."""

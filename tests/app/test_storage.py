@@ -13,7 +13,7 @@ import pytest
 
 from app.exceptions import UnavailableError
 from app.settings import Settings
-from app.storage import CHUNK_BYTES, Store, open_store
+from app.storage import CHUNK_BYTES, PIECE_BYTES, Store, open_store
 from tests.servers import S3
 
 LARGE = hashlib.shake_256(b"large").digest(2 * CHUNK_BYTES + 4097)
@@ -54,7 +54,7 @@ def test_any_span_comes_in_chunks(store: Store, tmp_path: Path) -> None:
     for start, end in [(0, 1), (5, 5), (CHUNK_BYTES - 1, CHUNK_BYTES + 1), (1, len(LARGE)), (len(LARGE) - 1, len(LARGE))]:
         chunks = list(store.get_range("spans", start, end))
         assert b"".join(chunks) == LARGE[start:end]
-        assert all(0 < len(chunk) <= CHUNK_BYTES for chunk in chunks)
+        assert all(0 < len(chunk) <= PIECE_BYTES for chunk in chunks)
 
 
 def test_a_later_put_replaces(store: Store, tmp_path: Path) -> None:
